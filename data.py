@@ -1,0 +1,127 @@
+"""
+Episodes on disk, and the data set that the SFT stages draw from.
+
+An episode is one safetensors file (the whole interface between collecting, RL and SFT, in simulation and on a robot):
+
+    image  (T, H, W, 3) uint8     what the policy saw before each decision
+    action (T, A) float32         the label at that moment, in [-1, 1]: D_e the expert's clean action, D_rl the policy's
+                                  mean; what was executed may have had noise on top (see stage0_sft.py, stage_rl.py)
+    reward (T,) float32           1 where the decision succeeded, else 0
+    header: strings               format, domain, task, instruction, source (expert or online), success, seed,
+                                  protocol (the domain's, JSON), versions (JSON)
+
+Files are memory-mapped: a data set of any size costs memory only for the frames that are being used.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from run import Refusal, versions, whole
+
+FORMAT = "ire-vla episode 1"
+
+# Every initial state is drawn from a seed, and each use has seeds of its own, so that none can leak into another.
+EXPERT_SEED = 0          # D_e:  attempt k of a task starts from EXPERT_SEED + k
+ONLINE_SEED = 1_000_000  # D_rl: attempt k starts from ONLINE_SEED + k
+RL_SEED = 2_000_000      # stage 1's training environments
+EVAL_SEED = 9_000_000    # evaluation: the same episodes at every stage and for every method
+
+
+def write_episode(path, image, action, reward, *, domain, task, instruction, source, seed, protocol):
+    """Write one episode whole or not at all.
+
+    image (T, H, W, 3) uint8, action (T, A) float32 in [-1, 1], reward (T,) float32.
+    Raises ValueError for what is not an episode (shapes, NaN), Refusal when the disk is full.
+    """
+    image, action = np.ascontiguousarray(image, np.uint8), np.ascontiguousarray(action, np.float32)
+    reward = np.ascontiguousarray(reward, np.float32)
+    if image.ndim != 4 or image.shape[-1] != 3 or action.ndim != 2 or reward.shape != (len(image),) != (len(action),):
+        raise ValueError(f"not an episode: image {image.shape}, action {action.shape}, reward {reward.shape}")
+    if not np.isfinite(action).all() or np.abs(action).max() > 1:
+        raise ValueError(f"{path}: actions must be finite and in [-1, 1]")
+    header = {
+        "format": FORMAT, "domain": domain, "task": task, "instruction": instruction, "source": source,
+        "success": str(int(reward.max() > 0)), "seed": str(seed), "protocol": json.dumps(protocol, sort_keys=True),
+        "versions": json.dumps(versions()),
+    }  # fmt: skip
+    with whole(path) as tmp:
+        save_file({"image": image, "action": action, "reward": reward}, tmp, header)
+
+
+def open_episode(path):
+    """(handle, header) of an episode file, memory-mapped; `handle.get_slice("image")[t]` reads one frame.
+
+    Raises Refusal for a file that is cut short or is not an episode.
+    """
+    try:
+        handle = safe_open(path, framework="np")
+        header = handle.metadata() or {}
+        if header.get("format") != FORMAT:
+            raise Refusal(f"{path} is not an episode of this project ({FORMAT!r}): move it out of that folder")
+        T, H, W, C = handle.get_slice("image").get_shape()
+        if C != 3 or handle.get_slice("action").get_shape()[0] != T or handle.get_slice("reward").get_shape() != [T]:
+            raise Refusal(f"{path}: image, action and reward differ in length: delete it and collect again")
+    except (SafetensorError, ValueError, OSError) as error:
+        raise Refusal(f"{path} is not a whole episode file ({error}): delete it and collect again") from error
+    return handle, header
+
+
+def attempts(folder):
+    """The attempts whose episodes are in `folder`, as sorted numbers: 000017.safetensors is attempt 17."""
+    return sorted(int(p.stem) for p in Path(folder).glob("[0-9]*.safetensors"))
+
+
+class Episodes:
+    """The frames of some folders of episodes, drawn at random: D_e, or D_e + D_rl.
+
+    folders: {folder: weight}; a frame's chance is its folder's weight over the number of frames in the folder, so a
+    task with long episodes counts no more than one with short ones. domain: the domain's module, for checking.
+    """
+
+    def __init__(self, folders, domain, image_size):
+        self.images, self.actions, self.instructions, self.episode, self.frame, chance = [], [], [], [], [], []
+        name, protocol = domain.__name__.split(".")[-1], json.dumps(domain.PROTOCOL, sort_keys=True)
+        for folder, weight in folders.items():
+            begin = len(self.frame)
+            for path in sorted(Path(folder).glob("[0-9]*.safetensors")):
+                handle, header = open_episode(path)
+                for key, want in (("domain", name), ("protocol", protocol)):
+                    if header[key] != want:
+                        raise Refusal(
+                            f"{path} was recorded with {key} {header[key]}, but this is {want}: delete its folder "
+                            f"and give the command again, so that it is collected anew"
+                        )
+                frames = handle.get_slice("image")
+                T, H, W, _ = frames.get_shape()
+                if (H, W) != (image_size, image_size):
+                    raise Refusal(f"{path} holds {H}x{W} images, but --image-size is {image_size}: use the same, or "
+                                  f"delete its folder to collect again")  # fmt: skip
+                action = handle.get_tensor("action")
+                if not np.isfinite(action).all():
+                    raise Refusal(f"{path} holds actions that are not finite: delete it and collect again")
+                self.frame += range(T)
+                self.episode += [len(self.images)] * T
+                self.images.append(frames)
+                self.actions.append(action)
+                self.instructions.append(header["instruction"])
+            if len(self.frame) == begin:
+                raise Refusal(f"{folder} holds no episodes: give the command that collects them again")
+            chance += [weight / (len(self.frame) - begin)] * (len(self.frame) - begin)
+        self.frame, self.episode = np.array(self.frame), np.array(self.episode)
+        self.cumulative = np.cumsum(chance) / np.sum(chance)
+
+    def __len__(self):
+        return len(self.frame)
+
+    def batch(self, rng, n):
+        """n random frames: image (n, H, W, 3) uint8, instructions (n strings), action (n, A) float32."""
+        index = np.searchsorted(self.cumulative, rng.random(n))
+        index = index[np.lexsort((self.frame[index], self.episode[index]))]  # neighbours on disk are read together
+        episode, frame = self.episode[index], self.frame[index]
+        image = np.stack([self.images[e][int(t)] for e, t in zip(episode, frame)])
+        action = np.stack([self.actions[e][t] for e, t in zip(episode, frame)])
+        return image, [self.instructions[e] for e in episode], action

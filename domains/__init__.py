@@ -1,0 +1,30 @@
+"""Domains: one file per set of tasks, each offering the same names; a user adds a domain by adding a file.
+
+A domain module offers
+
+    EXPERT_TASKS, RL_TASKS, UNSEEN_TASKS   lists of task names: the demonstrated ones, the ones learned online (in this
+                                           order), and the ones only ever evaluated
+    INSTRUCTIONS                           dict, task name -> the sentence that the policy is given
+    PROTOCOL                               dict, JSON-able: what must agree before two success rates may be compared
+    make(task, image_size)                 -> gymnasium.Env: observation (H, W, 3) uint8, action Box(-1, 1, (A,))
+                                           float32, reward 1.0 on success and else 0.0, terminated on success, truncated
+                                           at the horizon; reset(seed=...) alone determines the initial state
+    expert(env)                            -> (A,) float32, the demonstrator's action in the environment's present state
+
+Nothing outside this folder asks which domain it is.
+"""
+
+import os
+import sys
+
+if sys.platform.startswith("linux"):  # MuJoCo picks its OpenGL back end when it is first imported
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+NO_OPENGL = (
+    f"MuJoCo could not make an OpenGL context (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}). On Debian and Ubuntu: "
+    "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL=osmesa and install libosmesa6."
+)
+try:
+    import mujoco.gl_context  # noqa: F401
+except Exception as error:  # ImportError, AttributeError, EGLError: each back end fails in its own way
+    raise RuntimeError(f"{NO_OPENGL} ({error})") from error

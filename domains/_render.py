@@ -1,0 +1,92 @@
+"""Small, fast MuJoCo pictures on a CPU, shared by the domains.
+
+A stock frame costs tens of milliseconds whatever its size: shadow maps, reflections and multisampling are paid per
+frame, and an arm of 70,000 triangles per vertex. Here the first three are off, and the arm is drawn with the convex
+hulls of its links. Physics does not change: only meshes that collide with nothing, in bodies whose inertia comes from
+elsewhere, may be replaced.
+"""
+
+import functools
+import weakref
+from pathlib import Path
+
+import mujoco
+import mujoco.gl_context
+import numpy as np
+from scipy.spatial import ConvexHull
+
+from domains import NO_OPENGL
+
+BUFFER = 480  # px; the off-screen buffer, hence the largest picture. A larger buffer does not slow small pictures
+STL_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+
+
+@functools.cache
+def _hull(path, cell):
+    """Convex hull of a binary STL file's vertices, thinned to one per `cell` metres: corners (n, 3), faces (m, 3)."""
+    points = np.fromfile(path, STL_TRIANGLE, offset=84)["corners"].reshape(-1, 3).astype(float)
+    points = points[np.unique(np.round(points / cell), axis=0, return_index=True)[1]]
+    hull = ConvexHull(points)
+    a, b, c = points[hull.simplices].swapaxes(0, 1)
+    inward = np.sum(np.cross(b - a, c - a) * hull.equations[:, :3], axis=1) < 0
+    faces = np.where(inward[:, None], hull.simplices[:, ::-1], hull.simplices)
+    used, faces = np.unique(faces, return_inverse=True)
+    return points[used], faces.reshape(-1, 3)
+
+
+def coarsen(spec, names, cell=0.02):
+    """Replaces meshes of a MjSpec (binary STL files) by coarse convex hulls, in place, before it is compiled.
+
+    `names` must be meshes for drawing only: of geoms that collide with nothing and give their body no inertia.
+    """
+    for mesh in spec.meshes:
+        if mesh.name in names:
+            corners, faces = _hull(Path(spec.modelfiledir, spec.meshdir, mesh.file), cell)
+            mesh.file, mesh.uservert, mesh.userface = "", corners.ravel(), faces.ravel()
+
+
+def camera(lookat, distance, azimuth, elevation):
+    """A free camera: `lookat` (x, y, z) and `distance` in metres, angles in degrees."""
+    view = mujoco.MjvCamera()
+    view.lookat[:], view.distance, view.azimuth, view.elevation = lookat, distance, azimuth, elevation
+    return view
+
+
+class Picture:
+    """Draws a model from one camera. Holds one GL context until `close()`."""
+
+    def __init__(self, model, view):
+        """Raises RuntimeError when no GL context can be made."""
+        model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
+        model.vis.global_.offwidth = model.vis.global_.offheight = BUFFER
+        self.model, self.view, self.option = model, view, mujoco.MjvOption()
+        self.option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = True  # colliding meshes: what physics sees, fewer faces
+        self.scene = mujoco.MjvScene(model, maxgeom=1000)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.scene.flags[flag] = False
+        try:
+            self.gl = mujoco.gl_context.GLContext(BUFFER, BUFFER)
+            self.gl.make_current()
+            self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        except Exception as error:  # each back end fails in its own way
+            raise RuntimeError(f"{NO_OPENGL} ({error})") from error
+        self.close = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten, and at exit
+
+    def draw(self, data, size):
+        """The present state as (size, size, 3) uint8, size <= BUFFER."""
+        if not 0 < size <= BUFFER:
+            raise ValueError(f"a picture is 1 to {BUFFER} pixels wide, not {size}")
+        rect, image = mujoco.MjrRect(0, 0, size, size), np.empty((size, size, 3), np.uint8)
+        self.gl.make_current()  # another environment of this process may have drawn since
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self.model, data, self.option, None, self.view, everything, self.scene)
+        mujoco.mjr_render(rect, self.scene, self.context)
+        mujoco.mjr_readPixels(image, None, rect, self.context)
+        return np.ascontiguousarray(image[::-1])  # OpenGL's rows run upwards
+
+
+def _free(gl, context):
+    gl.make_current()
+    context.free()
+    gl.free()

@@ -1,0 +1,248 @@
+"""
+Success rates: the one function that every rate in the project comes from, and its command.
+
+The greedy policy plays fixed episodes (data.EVAL_SEED + 0, 1, ...) that nothing else uses, the same ones at every stage
+and for every method, so that two policies can be compared episode by episode. A rate is k successes of n episodes with
+its 95 % Wilson interval (the paper states neither its episodes, which are 25 a task by its numbers, nor intervals).
+
+python evaluate.py --checkpoint runs/metaworld-seed0/0-sft                                       all tasks, 25 episodes each
+python evaluate.py --checkpoint runs/metaworld-seed0/0-sft --tasks drawer-open --episodes 3 --video drawer.mp4
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from tqdm import tqdm
+
+from data import EVAL_SEED
+from model import VLA, load_domain
+from run import Refusal, main, pick_device, read_json, versions, write_json
+
+gym.logger.min_level = gym.logger.ERROR  # not: a warning that simulators are stopped while they step
+
+
+@dataclass
+class Args:
+    checkpoint: str  # a checkpoint folder
+    tasks: tuple[str, ...] = ()  # names of the domain's tasks; none: all of them
+    episodes: int = 25  # episodes of each task
+    video: str = ""  # also write these episodes as an .mp4 (not into eval.json)
+    out: str = ""  # where to write the result; empty: eval.json in the checkpoint's folder, when all tasks are evaluated
+    envs: int = 16  # simulators in parallel, a process each
+    device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
+    threads: int = 1  # CPU threads of torch; the simulators have the other cores
+
+
+def wilson(k, n, z=1.96):
+    """The 95 % interval of a success rate k/n (Wilson 1927): (low, high)."""
+    if n == 0:
+        return 0.0, 1.0
+    centre, half = k / n + z * z / (2 * n), z * (k / n * (1 - k / n) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def splits(domain):
+    """{"expert" | "rl" | "unseen": task names} of a domain."""
+    return {"expert": domain.EXPERT_TASKS, "rl": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
+
+
+class Player(gym.Env):
+    """One simulator of a worker process: plays the (task, seed) that its reset is told, making the task when it changes."""
+
+    def __init__(self, domain_name, task, image_size, index):
+        self.domain, self.image_size, self.index = load_domain(domain_name), image_size, index
+        self.task, self.env = task, self.domain.make(task, image_size)
+        self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
+
+    def reset(self, *, seed=None, options=None):
+        """options["play"][index]: (task, seed), or None to idle."""
+        task_seed = options["play"][self.index]
+        self.idle = task_seed is None
+        if self.idle:
+            return np.zeros(self.observation_space.shape, np.uint8), {}
+        task, seed = task_seed
+        if task != self.task:
+            self.env.close()
+            self.task, self.env = task, self.domain.make(task, self.image_size)
+        return self.env.reset(seed=seed)
+
+    def step(self, action):
+        if self.idle:
+            return np.zeros(self.observation_space.shape, np.uint8), 0.0, False, False, {}
+        return self.env.step(action)
+
+    def close(self):
+        self.env.close()
+
+
+def play(vla, domain, programme, envs, act, keep_images=False):
+    """Play episodes in parallel: yields {"task", "seed", "success", "decisions"} as each one ends.
+
+    programme: {task: [seed, ...]}. act(h, mask, ids) -> (executed (B, A), label (B, A)), where ids are B (task, seed,
+    decision number). With keep_images an episode also carries "image" (T, H, W, 3), "action" (T, A; the labels) and
+    "reward" (T,). Half of the simulators step while the other half's images pass the VLM.
+    """
+    name, size = domain.__name__.split(".")[-1], vla.config["image_size"]
+    left = {task: list(seeds) for task, seeds in programme.items() if seeds}
+    total = sum(map(len, left.values()))
+    envs = min(envs, total)
+    groups = np.array_split(np.arange(envs), min(2, envs))
+    first = next(iter(left))
+    untouched, now = list(left), {}  # now: simulator -> the episode that it plays
+
+    def assign(w):
+        """The next episode of simulator w: of its own task, else of a task nobody plays, else of the one with most left."""
+        task = now[w]["task"] if now.get(w) else None
+        if not left.get(task):
+            rest = [t for t in untouched if left[t]] or sorted((t for t in left if left[t]), key=lambda t: -len(left[t]))
+            task = rest[0] if rest else None
+        if task in untouched:
+            untouched.remove(task)
+        now[w] = dict(task=task, seed=left[task].pop(0), decisions=0, frames=[]) if task else None
+
+    def play_options(mask, group):
+        return {"reset_mask": mask, "play": {w: now[w] and (now[w]["task"], now[w]["seed"]) for w in group}}
+
+    def decide(v, group, obs):
+        """Encode the playing simulators' images, act, and let them step."""
+        busy = [i for i, w in enumerate(group) if now[w]]
+        actions = np.zeros(v.action_space.shape, np.float32)
+        if busy:
+            episodes = [now[group[i]] for i in busy]
+            with torch.no_grad():
+                h, mask = vla.encode(obs[busy], [domain.INSTRUCTIONS[e["task"]] for e in episodes])
+                executed, label = act(h.float(), mask, [(e["task"], e["seed"], e["decisions"]) for e in episodes])
+            if not torch.isfinite(executed).all():
+                raise Refusal("the policy's action is NaN: this checkpoint cannot act; train it again from its parent")
+            actions[busy] = executed.clamp(-1, 1).cpu().numpy()
+            for i, e, a in zip(busy, episodes, label.clamp(-1, 1).cpu().numpy()):
+                e["decisions"] += 1
+                if keep_images:
+                    e["frames"].append((obs[i].copy(), a))
+        v.step_async(actions)
+
+    vectors = []
+    try:
+        for group in groups:
+            fns = [lambda w=int(w): Player(name, first, size, w) for w in group]
+            vectors.append(AsyncVectorEnv(fns, context="forkserver", autoreset_mode=AutoresetMode.DISABLED, copy=False))
+        for v, group in zip(vectors, groups):
+            for w in group:
+                assign(w)
+            obs, _ = v.reset(options=play_options(np.ones(len(group), bool), group))
+            decide(v, group, obs)
+        while any(now.values()):
+            for v, group in zip(vectors, groups):
+                obs, reward, term, trunc, _ = v.step_wait()
+                over = np.array([bool(now[w]) for w in group]) & (term | trunc)
+                for i in np.flatnonzero(over):
+                    e = now[group[i]]
+                    frames = e.pop("frames")
+                    e["success"] = int(term[i])
+                    if keep_images:
+                        e["image"], e["action"] = (np.stack(x) for x in zip(*frames))
+                        e["reward"] = np.zeros(len(frames), np.float32)
+                        e["reward"][-1] = reward[i]
+                    yield e
+                    assign(group[i])
+                if over.any():
+                    obs, _ = v.reset(options=play_options(over, group))
+                decide(v, group, obs)
+    finally:
+        for v in vectors:
+            v.close(terminate=True)
+
+
+def evaluate(vla, domain, tasks, episodes, envs=16, label="evaluate"):
+    """Success of the greedy policy: {task: {"success": [0 or 1, ...], "decisions": [...]}} on the fixed episodes.
+
+    Raises Refusal for a task that the domain does not have.
+    """
+    known = sum(splits(domain).values(), [])
+    if unknown := [t for t in tasks if t not in known]:
+        raise Refusal(f"unknown task {unknown[0]!r}: known are {', '.join(known)}")
+    seeds = [EVAL_SEED + i for i in range(episodes)]
+    greedy = lambda h, mask, ids: (a := vla.act(h, mask), a)  # noqa: E731
+    result = {task: {"success": [None] * episodes, "decisions": [None] * episodes} for task in tasks}
+    bar, k = tqdm(desc=label, total=len(tasks) * episodes, smoothing=0.05), 0
+    for e in play(vla, domain, {task: seeds for task in tasks}, envs, greedy):
+        row, i = result[e["task"]], e["seed"] - EVAL_SEED
+        row["success"][i], row["decisions"][i] = e["success"], e["decisions"]
+        k += e["success"]
+        bar.update()
+        bar.set_postfix_str(f"success {k / (bar.n or 1):.2f}", refresh=False)
+    bar.close()
+    return result
+
+
+def evaluate_stage(vla, domain, folder, episodes, envs):
+    """Evaluate a finished stage on all of the domain's tasks and write eval.json into its folder, once."""
+    path = Path(folder) / "eval.json"
+    if episodes and not path.exists():
+        tasks = evaluate(vla, domain, sum(splits(domain).values(), []), episodes, envs, f"evaluate {path.parent.name}")
+        write_json(path, {"protocol": domain.PROTOCOL, "eval_seed": EVAL_SEED, "versions": versions(), "tasks": tasks})
+    if path.exists():
+        print(f"{path.parent}: {summary(read_json(path)['tasks'], domain)}")
+
+
+def summary(tasks, domain):
+    """"expert 0.83 [0.80, 0.86] (519/625), rl ..." of an evaluation's tasks."""
+    parts = []
+    for split, names in splits(domain).items():
+        outcomes = sum((tasks[t]["success"] for t in names if t in tasks), [])
+        if outcomes:
+            k, n = sum(outcomes), len(outcomes)
+            low, high = wilson(k, n)
+            parts.append(f"{split} {k / n:.2f} [{low:.2f}, {high:.2f}] ({k}/{n})")
+    return ", ".join(parts)
+
+
+def film(vla, domain, tasks, episodes, path):
+    """Write greedy episodes of the tasks, at the environment's own picture size, as an .mp4."""
+    import imageio.v2 as imageio
+
+    with imageio.get_writer(path, fps=20, macro_block_size=2) as writer:
+        for task in tasks:
+            env = domain.make(task, vla.config["image_size"])
+            for i in range(episodes):
+                obs, _ = env.reset(seed=EVAL_SEED + i)
+                ended = False
+                while not ended:
+                    writer.append_data(env.render())
+                    with torch.no_grad():
+                        h, mask = vla.encode(obs[None], [domain.INSTRUCTIONS[task]])
+                        action = vla.act(h.float(), mask)[0].cpu().numpy()
+                    obs, _, term, trunc, _ = env.step(action)
+                    ended = term or trunc
+                for _ in range(10):
+                    writer.append_data(env.render())
+            env.close()
+
+
+def story(args):
+    torch.set_num_threads(args.threads)
+    config = read_json(Path(args.checkpoint) / "config.json")
+    domain = load_domain(config["domain"])
+    vla = VLA.load(args.checkpoint, device=pick_device(args.device))
+    tasks = list(args.tasks) or sum(splits(domain).values(), [])
+    if args.video:
+        film(vla, domain, tasks, args.episodes, args.video)
+        return print(f"wrote {args.video}")
+    result = evaluate(vla, domain, tasks, args.episodes, args.envs)
+    for task, row in result.items():
+        k, n = sum(row["success"]), len(row["success"])
+        print(f"  {task:28s} {k / n:.2f}  [{wilson(k, n)[0]:.2f}, {wilson(k, n)[1]:.2f}]  {k}/{n}")
+    print(summary(result, domain))
+    out = args.out or (Path(args.checkpoint) / "eval.json" if not args.tasks else None)
+    if out:
+        write_json(out, {"protocol": domain.PROTOCOL, "eval_seed": EVAL_SEED, "versions": versions(), "tasks": result})
+
+
+if __name__ == "__main__":
+    main(story, tyro.cli(Args, description=__doc__))

@@ -1,0 +1,381 @@
+"""
+The vision-language-action model (paper Sec. IV-A), and its checkpoints.
+
+       image o ──> vision tower ──> Q-Former ─┐
+                                              ├─> language model ──> h (M, D) ──> token learner ──> h' (D) ──> MLP ──> a
+  instruction l ──> token embedding ──────────┘    "latents"        (attention       └── the action head, phi ──┘
+                        theta (LoRA)                                  pooling)
+
+    theta   LoRA weights of the VLM; trained in stages 0 and 2, frozen in stage 1
+    phi     token learner + MLP; trained in every stage
+    critic  the head's shape with one output; new at the start of each stage 1, never part of a checkpoint
+
+`encode` is everything before the head. In stage 1 it is frozen, so each image passes it once and only h is kept.
+
+Where the paper is silent or this differs from it:
+1) Which language model: any BLIP-2; the 3B of the paper is taken to be Salesforce/blip2-opt-2.7b (a decoder whose
+   "final fully connected layer" can be replaced).
+2) Token learner: PMA with one seed (Set Transformer 1810.00825, the paper's reference), written so that its cost is
+   linear in D for each of the M tokens; the inner rFF on h is dropped. MLP: two hidden layers of 256.
+3) LoRA: rank 32, alpha 32, on every linear layer of the VLM; `--lora-targets language` confines it to the language model.
+4) `tiny` is a BLIP-2 of the same classes with random weights. There is nothing in it for LoRA to adapt, so stage 0
+   trains it whole (theta is then all of the VLM), and the result plays the pre-trained VLM from there on.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.utils import logging as hf_logging
+
+from run import Refusal, read_json, read_tensors, versions, write_json
+
+hf_logging.disable_progress_bar()
+LORA_TARGETS = {  # regular expressions on module names
+    "all": r"(.*\.)?(qkv|projection|fc1|fc2|query|key|value|dense|language_projection|[qkv]_proj|out_proj)",
+    "language": r".*language_model.*\.([qkv]_proj|out_proj|fc1|fc2)",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The action head
+
+
+class TokenLearner(nn.Module):
+    """h (B, M, D) -> h' (B, D): attention pooling by one learned seed, PMA_1 (Set Transformer 1810.00825, Eq. 11).
+
+    One query makes the key and value projections of all M tokens unnecessary: q . (W_k h_m) = (W_k^T q) . h_m, and
+    sum_m a_m (W_v h_m) = W_v (sum_m a_m h_m). The result equals multi-head attention's (tests/test_model.py).
+    """
+
+    def __init__(self, dim, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.norm_in, self.norm_att, self.norm_out = (nn.LayerNorm(dim) for _ in range(3))
+        self.seed = nn.Parameter(torch.randn(dim))
+        self.q, self.v, self.o = (nn.Linear(dim, dim) for _ in range(3))
+        self.k = nn.Linear(dim, dim, bias=False)  # a key bias would shift all of a head's scores alike: softmax drops it
+        self.ff = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, h, mask):
+        """mask (B, M): True where a token is real, False where a shorter instruction was padded."""
+        H, D = self.heads, h.shape[-1]
+        h = self.norm_in(h)                                                            # (B, M, D)
+        q = self.q(self.seed).view(H, D // H)                                          # (H, D/H)
+        q = torch.einsum("he,hed->hd", q, self.k.weight.view(H, D // H, D))            # (H, D)
+        score = h @ q.T * (D // H) ** -0.5                                             # (B, M, H)
+        att = score.masked_fill(~mask[..., None], float("-inf")).softmax(dim=1)        # (B, M, H)
+        pooled = att.transpose(1, 2) @ h                                               # (B, H, D)
+        value = torch.einsum("bhd,hed->bhe", pooled, self.v.weight.view(H, D // H, D)) # (B, H, D/H)
+        x = self.norm_att(self.seed + self.o(value.flatten(1) + self.v.bias))          # (B, D)
+        return self.norm_out(x + self.ff(x))                                           # (B, D)
+
+
+class Head(nn.Module):
+    """Token learner + MLP: h (B, M, D) -> (B, out). The action head (out = A), and the critic (out = 1)."""
+
+    def __init__(self, dim, out, hidden=256):
+        super().__init__()
+        self.token_learner = TokenLearner(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, out)
+        )
+
+    def forward(self, h, mask):
+        h_pooled = self.token_learner(h.to(self.mlp[0].weight.dtype), mask)            # (B, D)
+        return self.mlp(h_pooled)                                                      # (B, out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The VLA
+
+
+class VLA(nn.Module):
+    """BLIP-2 (theta) and the action head (phi). Make one with `VLA.create` or `VLA.load`."""
+
+    def __init__(self, vlm, tokenizer, image_processor, config):
+        super().__init__()
+        self.vlm, self.tokenizer, self.image_processor, self.config = vlm, tokenizer, image_processor, dict(config)
+        blip = self.blip.config
+        self.head = Head(blip.text_config.hidden_size, config["action_dim"])
+        # log of the exploration's standard deviation, in units of the action range; only stage 1 uses and trains it
+        self.log_std = nn.Parameter(torch.zeros(config["action_dim"]))
+        self.register_buffer("action_mean", torch.zeros(config["action_dim"]))
+        self.register_buffer("action_std", torch.ones(config["action_dim"]))
+        self.register_buffer("image_mean", torch.tensor(image_processor.image_mean).view(1, 3, 1, 1))
+        self.register_buffer("image_std", torch.tensor(image_processor.image_std).view(1, 3, 1, 1))
+        self._token_cache = {}
+
+    # --- theta and phi
+
+    @property
+    def blip(self):
+        """The BLIP-2 itself, with or without LoRA around it."""
+        return self.vlm.base_model.model if self.has_lora else self.vlm
+
+    @property
+    def has_lora(self):
+        return isinstance(self.vlm, PeftModel)
+
+    @property
+    def device(self):
+        return self.action_mean.device
+
+    def theta(self):
+        """LoRA's weights, or all of the VLM's where that is trained whole."""
+        return [p for n, p in self.vlm.named_parameters() if "lora_" in n or not self.has_lora]
+
+    def phi(self):
+        return list(self.head.parameters())
+
+    def add_lora(self, rank, targets="all"):
+        """Freeze the VLM and put new LoRA weights on it, which change nothing until they are trained."""
+        lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[targets])
+        self.vlm = get_peft_model(self.vlm, lora)
+
+    # --- o, l -> h
+
+    def preprocess(self, images):
+        """images (B, H, W, 3) uint8 -> (B, 3, S, S) float32, what HF's own processor makes of them, on the device."""
+        x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).contiguous()   # (B, 3, H, W) uint8
+        size = self.blip.config.vision_config.image_size
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
+        scale = 1 / (255 * self.image_std)
+        return torch.addcmul(-self.image_mean / self.image_std, x.float(), scale)      # (B, 3, S, S)
+
+    def tokenize(self, instructions):
+        """B sentences -> (ids (B, L), mask (B, L)), padded to the longest. As HF's BLIP-2 processor does, the image's
+        tokens come first, then what the tokenizer makes of the text."""
+        for text in set(instructions) - set(self._token_cache):
+            self._token_cache[text] = torch.tensor(self.tokenizer(text).input_ids)
+        rows = [self._token_cache[text] for text in instructions]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        mask = ids >= 0
+        return ids.clamp(min=0).to(self.device), mask.to(self.device)
+
+    def encode(self, images, instructions):
+        """o, l -> h: images (B, H, W, 3) uint8, B sentences -> latents (B, M, D), mask (B, M).
+
+        M = query tokens + text tokens. Equal to the last hidden state of BLIP-2's own forward; the language model's
+        output layer, which the action head replaces, is not computed.
+        """
+        blip = self.blip
+        ids, text_mask = self.tokenize(instructions)                                   # (B, L)
+        with self.autocast():
+            q = blip.get_image_features(self.preprocess(images)).pooler_output         # (B, Q, D)
+            e = blip.get_input_embeddings()(ids)                                       # (B, L, D)
+            x = torch.cat([q.to(e.dtype), e], dim=1)                                   # (B, M, D)
+            mask = torch.cat([text_mask.new_ones(q.shape[:2]), text_mask], dim=1)      # (B, M)
+            lm = blip.language_model
+            transformer = lm.get_encoder() if blip.config.text_config.is_encoder_decoder else lm.model
+            h = transformer(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
+        return h, mask                                                                 # (B, M, D), (B, M)
+
+    def autocast(self):
+        """bfloat16 arithmetic where the checkpoint asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["dtype"] == "bfloat16")
+
+    # --- h -> a
+
+    def mean(self, h, mask):
+        """The head's action, (B, A) in units of the action range; not clipped, so that it can be trained."""
+        return self.head(h, mask) * self.action_std + self.action_mean
+
+    def act(self, h, mask):
+        """Act greedily: h (B, M, D) -> (B, A) in [-1, 1]."""
+        return self.mean(h, mask).clamp(-1, 1)
+
+    def explore(self, h, mask, generator):
+        """Act to learn: (action (B, A), its log-probability (B,), mean (B, A)) of the Gaussian policy pi_phi(a | h).
+
+        The action is not clipped: the environment does that, and the probability stays that of what was drawn.
+        """
+        mean = self.mean(h, mask)
+        action = mean + self.log_std.exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
+        return action, log_prob(action, mean, self.log_std), mean
+
+    # --- checkpoints
+
+    @classmethod
+    def create(cls, vlm, instructions, action_dim, domain, image_size, lora_rank, lora_targets, dtype, folder):
+        """A new VLA around `vlm`: "tiny" (built in folder/vlm), a local BLIP-2 folder, or a name on the hub."""
+        if vlm == "tiny":
+            build_tiny(Path(folder) / "vlm", instructions, image_size)
+        config = {
+            "vlm": vlm, "weights": "vlm" if vlm == "tiny" else vlm, "domain": domain, "action_dim": action_dim,
+            "image_size": image_size, "dtype": dtype,
+        }  # fmt: skip
+        vla = cls(*load_vlm(Path(folder), config, train_whole=vlm == "tiny"), config)
+        if vlm != "tiny":
+            vla.add_lora(lora_rank, lora_targets)
+        return vla
+
+    def save(self, folder, parent=None, **about):
+        """Write the checkpoint's files into `folder` (its owner renames the folder when all is there).
+
+        about: what else config.json shall say, e.g. the stage's arguments.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.has_lora:
+            self.vlm.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        if self.config["weights"] == "vlm":
+            if not self.has_lora:
+                self.vlm.save_pretrained(folder / "vlm")
+                self.tokenizer.save_pretrained(folder / "vlm")
+                self.image_processor.save_pretrained(folder / "vlm")
+            elif parent is not None and Path(parent) != folder:  # LoRA left the backbone as the parent has it
+                shutil.copytree(Path(parent) / "vlm", folder / "vlm", dirs_exist_ok=True)
+        heads = {n: v for n, v in self.state_dict().items() if not n.startswith("vlm.")}
+        save_file({n: v.detach().float().cpu().contiguous() for n, v in heads.items()}, folder / "heads.safetensors")
+        described = {"parent": str(parent) if parent else None, **about, "versions": versions()}
+        write_json(folder / "config.json", {**self.config, **described})
+
+    @classmethod
+    def load(cls, folder, domain=None, device="cpu"):
+        """The VLA of a checkpoint folder; nothing else is needed.
+
+        domain: the caller's, to be checked. Raises Refusal when a file is missing or damaged, or the domain is another.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise Refusal(f"{folder} is not a checkpoint folder: give the path of one, such as runs/<name>/0-sft")
+        config = read_json(folder / "config.json")
+        if domain is not None and config["domain"] != domain:
+            raise Refusal(f"{folder} was trained on {config['domain']}, not {domain}: give a checkpoint of {domain}")
+        heads, _ = read_tensors(folder / "heads.safetensors")
+        if len(heads["action_mean"]) != config["action_dim"]:
+            raise Refusal(
+                f"{folder} holds a head for {len(heads['action_mean'])} action dimensions, but its config.json says "
+                f"{config['action_dim']}: the files are of different checkpoints; use another"
+            )
+        adapter = (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists()
+        vla = cls(*load_vlm(folder, config, train_whole=not adapter), config)
+        if adapter:
+            read_json(folder / "adapter_config.json")
+            read_tensors(folder / "adapter_model.safetensors")
+            vla.vlm = PeftModel.from_pretrained(vla.vlm, folder, is_trainable=True)
+        elif config["weights"] != "vlm":
+            raise Refusal(f"{folder}/adapter_config.json is missing: the folder is not a whole checkpoint; use another")
+        missing = {n for n, _ in vla.named_parameters() if not n.startswith("vlm.")} - set(heads)
+        if missing:
+            raise Refusal(f"{folder}/heads.safetensors lacks {sorted(missing)[0]}: it is of another version; train again")
+        vla.load_state_dict(heads, strict=False)
+        return vla.to(device)
+
+
+def log_prob(action, mean, log_std):
+    """log N(action; mean, exp(log_std)), summed over the action's dimensions: (B, A), (B, A), (A,) -> (B,)."""
+    return torch.distributions.Normal(mean, log_std.exp()).log_prob(action).sum(-1)
+
+
+def freeze(parameters, frozen=True):
+    for p in parameters:
+        p.requires_grad_(not frozen)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The backbone
+
+
+def load_vlm(folder, config, train_whole):
+    """(BLIP-2, tokenizer, image processor) by HF's from_pretrained; config["weights"] is "vlm" for a copy of its own."""
+    own = config["weights"] == "vlm"
+    source = Path(folder) / "vlm" if own else config["weights"]
+    # A frozen VLM needs no float32 weights; one that is trained whole does, or small steps would round to nothing.
+    dtype = torch.float32 if train_whole or own else getattr(torch, config["dtype"])
+    if own:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
+            if not (source / name).exists():
+                raise Refusal(f"{source / name} is missing: the folder is not a whole checkpoint; use another")
+        read_json(source / "config.json")
+        read_tensors(source / "model.safetensors")
+    try:
+        vlm = Blip2ForConditionalGeneration.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        image_processor = BlipImageProcessorPil.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"--vlm {source} is not a BLIP-2 that can be loaded ({str(error).splitlines()[0]}): give tiny, a local folder, "
+            f"or a hub name such as Salesforce/blip2-opt-2.7b"
+        ) from error
+    if vlm.config.image_token_index is not None:  # HF's image placeholder is no word of an instruction
+        tokenizer.padding_side = "right"
+    if not torch.cuda.is_available():  # torch's fused attention is 2.5 times slower on a CPU at these lengths (training)
+        vlm.set_attn_implementation("eager")
+    return vlm.eval(), tokenizer, image_processor  # eval: no dropout, so that h is a function of o and l alone
+
+
+def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(3, 2, 2), queries=8):
+    """Write a BLIP-2 of stock classes with 1.7 M random weights, and a tokenizer that knows the words of `sentences`.
+
+    layers: of the vision tower, Q-Former, language model. The random numbers come from torch's global generator.
+    """
+    words = sorted({word for s in sentences for word in s.lower().split()})
+    vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "<image>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    special = dict(unk_token="<unk>", pad_token="<pad>", extra_special_tokens={"image_token": "<image>"})
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+    # HF's default initial deviation of 0.02 is meant for widths near 1,000. At this width it leaves every layer's output
+    # close to zero, and SFT then learns a constant; 1/sqrt(width) = 0.09 trains.
+    shape = dict(hidden_size=width, num_attention_heads=4, intermediate_size=4 * width)
+    std = width**-0.5
+    vision = dict(shape, num_hidden_layers=layers[0], image_size=image_size, patch_size=patch, initializer_range=std)
+    qformer = dict(
+        shape, num_hidden_layers=layers[1], encoder_hidden_size=width, cross_attention_frequency=1, vocab_size=2,
+        initializer_range=std, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    text = OPTConfig(
+        vocab_size=len(vocab), hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, num_attention_heads=4,
+        num_hidden_layers=layers[2], max_position_embeddings=64, dropout=0.0, init_std=std, pad_token_id=0,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=vision, qformer_config=qformer, text_config=text.to_dict(), num_query_tokens=queries,
+        image_token_index=vocab["<image>"],
+    )  # fmt: skip
+    vlm = Blip2ForConditionalGeneration(config)
+    # HF starts the query tokens at zero: all of them equal, hence equal for ever. Positions and words need to differ too.
+    nn.init.normal_(vlm.query_tokens, std=1.0)
+    nn.init.normal_(vlm.vision_model.embeddings.position_embedding, std=0.5)
+    nn.init.normal_(vlm.get_input_embeddings().weight, std=0.5)
+    vlm.save_pretrained(folder)
+    size = {"height": image_size, "width": image_size}
+    BlipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+
+
+def load_domain(name):
+    """The module domains/<name>.py. Raises Refusal for an unknown name, listing the known ones."""
+    import importlib
+
+    known = sorted(p.stem for p in (Path(__file__).parent / "domains").glob("[a-z]*.py"))
+    if name not in known:
+        raise Refusal(f"unknown domain {name!r}: known are {', '.join(known)}; a new one is a file domains/{name}.py")
+    return importlib.import_module(f"domains.{name}")
+
+
+def describe(vla):
+    """One line for the terminal: what is trained and how large it is."""
+    count = lambda ps: sum(p.numel() for p in ps) / 1e6  # noqa: E731
+    kind = "LoRA" if vla.has_lora else "all weights"
+    return (
+        f"BLIP-2 {vla.config['vlm']}: {count(vla.vlm.parameters()):.1f} M weights, theta = {kind} "
+        f"{count(vla.theta()):.2f} M, phi = {count(vla.phi()):.2f} M on {json.dumps(str(vla.device))}"
+    )

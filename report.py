@@ -1,0 +1,168 @@
+"""
+A run's report: success by stage and split with intervals, and the matrix of tasks over stages (forgetting at a glance).
+
+Reads the eval.json and summary.json of a run's finished stages; writes report.json, report.md and report.png into the run.
+
+python report.py --run runs/metaworld-seed0
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from evaluate import splits, wilson
+from model import load_domain
+from run import Refusal, main, read_json, versions, write_json, whole
+
+
+@dataclass
+class Args:
+    run: str  # the run's folder
+    domain: str = ""  # domains/<name>.py; empty: what the run's first checkpoint says
+    rounds: int = 0  # rounds planned, for --announce
+    seed: int = 0  # the run's, for the record
+    vlm: str = "tiny"  # the run's, for the record
+    method: str = "ire-vla"  # the name of the run's row in a table of several runs
+    announce: bool = False  # only print what will run, where, on which device and about how long
+
+
+def stage_order(folder):
+    """Finished stages in the order of Algorithm 1: 0-sft, 1-rl-..., 1-sft, 2-rl-..., ..."""
+    stages = [p for p in Path(folder).glob("[0-9]*-*") if p.is_dir() and "-" in p.name]
+    return sorted(stages, key=lambda p: (int(p.name.split("-")[0]), "rl" not in p.name))
+
+
+def announce(args):
+    import torch
+
+    domain = load_domain(args.domain)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    plan = ["0-sft"]
+    for i in range(1, args.rounds + 1):
+        plan += [f"{i}-rl-{domain.RL_TASKS[(i - 1) % len(domain.RL_TASKS)]}", f"{i}-sft"]
+    done = [p.name for p in stage_order(args.run)]
+    print(f"iRe-VLA on {args.domain}: {len(domain.EXPERT_TASKS)} expert, {len(domain.RL_TASKS)} RL and "
+          f"{len(domain.UNSEEN_TASKS)} unseen tasks; VLM {args.vlm}, seed {args.seed}, {device}")  # fmt: skip
+    print(f"  stages: {'  '.join(('[done] ' if s in done else '') + s for s in plan)}")
+    print(f"  folder: {args.run}  (watch: tensorboard --logdir {args.run}; Ctrl-C and the same command goes on)")
+    if args.vlm == "tiny":
+        print(f"  about {20 + 14 * args.rounds} minutes on 2 CPU cores with the default settings")
+
+
+def report(args):
+    """The report as a dict (design: report.json)."""
+    stages = stage_order(args.run)
+    if not stages:
+        raise Refusal(f"{args.run} has no finished stage: run loop.sh first, or give another --run")
+    domain = load_domain(args.domain or read_json(stages[0] / "config.json")["domain"])
+    rows, protocol = [], None
+    for stage in stages:
+        if not (stage / "eval.json").exists():
+            continue
+        evaluated, done = read_json(stage / "eval.json"), read_json(stage / "summary.json")
+        if protocol not in (None, evaluated["protocol"]):
+            raise Refusal(f"{stage}/eval.json was made under another protocol than the stages before it: evaluate again")
+        protocol = evaluated["protocol"]
+        count = lambda names: {  # noqa: E731
+            "successes": sum(sum(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
+            "episodes": sum(len(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
+        }
+        rows.append({
+            "name": stage.name, "seconds": done["seconds"], "env_steps": done["env_steps"],
+            "splits": {split: count(names) for split, names in splits(domain).items()},
+            "tasks": {t: count([t]) for names in splits(domain).values() for t in names},
+        })  # fmt: skip
+    return {
+        "domain": domain.__name__.split(".")[-1], "method": args.method, "seed": args.seed, "vlm": args.vlm,
+        "versions": versions(), "protocol": protocol, "stages": rows,
+    }  # fmt: skip
+
+
+def rate(count):
+    return count["successes"] / max(1, count["episodes"])
+
+
+def markdown(r, domain):
+    """report.md: success of each split after each stage, then of each task."""
+    cell = lambda c: "{:.2f} [{:.2f}, {:.2f}]".format(rate(c), *wilson(c["successes"], c["episodes"]))  # noqa: E731
+    lines = [
+        f"# {r['method']} on {r['domain']}, seed {r['seed']}, VLM {r['vlm']}", "",
+        "Success of the greedy policy: successes / episodes with the 95 % Wilson interval.", "",
+        "| stage | expert | RL tasks | unseen | minutes | env steps |", "| --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for s in r["stages"]:
+        cells = " | ".join(f"{cell(s['splits'][k])}" for k in ("expert", "rl", "unseen"))
+        lines.append(f"| {s['name']} | {cells} | {s['seconds'] / 60:.1f} | {s['env_steps']:,} |")
+    lines += ["", "| task | " + " | ".join(s["name"] for s in r["stages"]) + " |", "| --- " * (len(r["stages"]) + 1) + "|"]
+    for split, names in splits(domain).items():
+        lines.append(f"| **{split}** |" + " |" * len(r["stages"]))
+        lines += [f"| {t} | " + " | ".join(f"{rate(s['tasks'][t]):.2f}" for s in r["stages"]) + " |" for t in names]
+    protocol = ", ".join(f"{k} {v}" for k, v in r["protocol"].items())
+    lines += ["", f"Protocol: {protocol}.", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in r["versions"].items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def picture(r, domain, path):
+    """report.png: the splits over the stages with intervals, and the matrix of tasks over stages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    stages, names = r["stages"], sum(splits(domain).values(), [])
+    short = [s["name"].replace("-new", "") for s in stages]
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(13, 0.19 * len(names) + 1.8), width_ratios=[1.25, 1], layout="constrained"
+    )
+    colours = {"expert": "#4878a8", "rl": "#d1603d", "unseen": "#5a9a68"}
+    labels = {"expert": "expert tasks", "rl": "RL tasks", "unseen": "unseen tasks"}
+    for j, (split, colour) in enumerate(colours.items()):
+        counts = [s["splits"][split] for s in stages]
+        y = [rate(c) for c in counts]
+        intervals = [wilson(c["successes"], c["episodes"]) for c in counts]
+        x = [i + 0.06 * (j - 1) for i in range(len(stages))]
+        error = [[max(0, a - lo) for a, (lo, _) in zip(y, intervals)], [max(0, hi - a) for a, (_, hi) in zip(y, intervals)]]
+        left.errorbar(x, y, error, color=colour, marker="o", markersize=4, capsize=2, linewidth=1.6, label=labels[split])
+        left.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (7, -3), textcoords="offset points", color=colour, fontsize=9)
+    left.set(ylim=(0, 1.02), ylabel="success (95 % Wilson interval)", xlim=(-0.3, len(stages) - 0.5))
+    left.set_xticks(range(len(stages)), short, rotation=35, ha="right", fontsize=8)
+    left.grid(axis="y", alpha=0.3)
+    left.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, loc="lower right")
+    left.set_title(f"{r['method']} on {r['domain']}, seed {r['seed']}, VLM {r['vlm']}", fontsize=10, loc="left")
+    matrix = [[rate(s["tasks"][t]) for s in stages] for t in names]
+    right.imshow(matrix, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    for i, row in enumerate(matrix):
+        for j, v in enumerate(row):
+            right.text(j, i, f"{v:.2f}"[0 if v == 1 else 1 :][:3], ha="center", va="center", fontsize=5.5,
+                       color="black" if v > 0.6 else "white")  # fmt: skip
+    right.set_yticks(range(len(names)), names, fontsize=6)
+    for label, name in zip(right.get_yticklabels(), names):
+        label.set_color(next(colours[k] for k, group in splits(domain).items() if name in group))
+    right.set_xticks(range(len(stages)), short, rotation=35, ha="right", fontsize=8)
+    right.set_title("success of each task after each stage", fontsize=10, loc="left")
+    fig.savefig(path, dpi=130, format="png")
+    plt.close(fig)
+
+
+def story(args):
+    if args.announce:
+        return announce(args)
+    r = report(args)
+    domain, folder = load_domain(r["domain"]), Path(args.run)
+    write_json(folder / "report.json", r)
+    with whole(folder / "report.md") as tmp:
+        tmp.write_text(markdown(r, domain))
+    with whole(folder / "report.png") as tmp:
+        picture(r, domain, tmp)
+    for line in markdown(r, domain).splitlines()[4:]:
+        if not line:
+            break
+        print(line)
+    print(f"report: {folder / 'report.md'}, {folder / 'report.png'}")
+
+
+if __name__ == "__main__":
+    main(story, tyro.cli(Args, description=__doc__))

@@ -1,0 +1,226 @@
+"""
+A run's folder: files that are whole or absent, stages that go on where they stopped, errors that are one sentence.
+
+Every stage of the paper's Algorithm 1 trains inside `runs/<name>/.<stage>.partial/` and renames that folder to
+`runs/<name>/<stage>/` when it is done, so a folder with its final name is always complete. In between it saves one
+`state.safetensors` (weights, optimizer moments, counters). No generator state is stored: every random draw of a stage
+comes from a generator seeded by (seed, step), so step 1000 draws the same numbers whether or not step 999 was run in
+this process. Nothing here, and nothing in the project, is read with pickle.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.tensorboard import SummaryWriter
+
+PACKAGES = ("torch", "transformers", "peft", "gymnasium", "mujoco", "metaworld", "numpy")
+STATE_EVERY = float(os.environ.get("STATE_EVERY", 60))  # seconds between two saved states; the tests shorten it
+
+
+class Refusal(Exception):
+    """Something the user can put right: one sentence that names the file or value, and the way out."""
+
+
+def versions():
+    """What made a result: {package: version}."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def main(story, args):
+    """Run `story(args)`; a Refusal or Ctrl-C ends it with one sentence and a non-zero exit, never a traceback."""
+    again = f"The same command goes on from the last saved state: {Path(sys.executable).name} {' '.join(sys.argv)}"
+    try:
+        story(args)
+    except Refusal as refusal:
+        sys.exit(f"error: {refusal}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: no space left on the disk of {Path.cwd()}: free some. {again}")
+    except KeyboardInterrupt:
+        print(f"\nstopped. {again}", file=sys.stderr)
+        os._exit(130)  # not sys.exit: that would wait for the simulators' processes to finish
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Write a file or folder beside its place, flush it, rename it: `with whole(path) as tmp: write(tmp)`.
+
+    Raises Refusal when the disk is full; then the temporary file is removed and what stood at `path` still stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        for file in [tmp] if tmp.is_file() else tmp.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+        os.replace(tmp, path)
+        flush_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        if "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise Refusal(f"no space left while writing {path}: free some and give the same command again") from error
+        raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+
+
+def flush_folder(folder):
+    """Make a rename inside `folder` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def write_json(path, value):
+    with whole(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """A JSON file's value. Raises Refusal when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise Refusal(f"{path} is missing: the folder is not a whole checkpoint; use another, or train it again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path} is not JSON ({error}): restore the file, or delete the folder and train it again") from error
+
+
+def read_tensors(path, device="cpu"):
+    """(tensors, metadata) of a safetensors file. Raises Refusal when it is missing or cut short."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise Refusal(f"{path} is missing: the folder is not a whole checkpoint; use another, or train it again") from error
+    except SafetensorError as error:
+        raise Refusal(f"{path} is damaged ({error}): delete its folder and give the command again") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A stage's folder
+
+
+class Stage:
+    """One stage of a run, `runs/<name>/<stage>/`, resumable until it is finished.
+
+    out: the final folder. args: a dict of what decides the result; another dict for the same folder is refused.
+    `done` is True when the folder exists already: the caller returns at once.
+    """
+
+    def __init__(self, out, args, parent=None):
+        self.out = Path(out)
+        self.folder = self.out.with_name(f".{self.out.name}.partial")
+        self.done = self.out.is_dir()
+        described = {"args": args, "parent": str(parent) if parent else None}
+        record = (self.out if self.done else self.folder) / "stage.json"
+        if record.exists():
+            old = read_json(record)["args"]
+            differ = [f"{k}: {old.get(k)} then, {args.get(k)} now" for k in {**old, **args} if old.get(k) != args.get(k)]
+            if differ:
+                raise Refusal(
+                    f"{record.parent} was started with other arguments ({'; '.join(differ)}): "
+                    f"give the first ones again, choose another RUN, or delete that folder"
+                )
+        elif not self.done:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, {**described, "versions": versions()})
+        self.writer, self.saved_at, self.began = None, time.time(), time.time()
+        self.seconds = 0.0  # of earlier sittings
+
+    # --- state
+
+    def load(self):
+        """(tensors, counters) of the last saved state, or ({}, {}). Cuts log.jsonl back to that moment."""
+        path = self.folder / "state.safetensors"
+        log = self.folder / "log.jsonl"
+        if not path.exists():
+            log.unlink(missing_ok=True)
+            return {}, {}
+        tensors, meta = read_tensors(path)
+        counters = json.loads(meta["counters"])
+        self.seconds = counters.pop("seconds")
+        length = counters.pop("log_bytes")
+        if log.exists():
+            os.truncate(log, length)
+        return tensors, counters
+
+    def save(self, tensors, counters):
+        """Save the state to go on from: {name: tensor} and a dict of plain values."""
+        log = self.folder / "log.jsonl"
+        counters = {**counters, "seconds": self.elapsed(), "log_bytes": log.stat().st_size if log.exists() else 0}
+        with whole(self.folder / "state.safetensors") as tmp:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {"counters": json.dumps(counters)})
+        self.saved_at = time.time()
+
+    def due(self):
+        """Is it time to save again?"""
+        return time.time() - self.saved_at > STATE_EVERY
+
+    def elapsed(self):
+        return self.seconds + time.time() - self.began
+
+    # --- log
+
+    def log(self, step, **values):
+        """One line of log.jsonl and the same numbers for TensorBoard."""
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps({"step": step, "seconds": round(self.elapsed(), 1), **values}) + "\n")
+        if self.writer is None:
+            self.writer = SummaryWriter(self.folder, purge_step=step)
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def finish(self, **summary):
+        """Write summary.json, drop the state, and give the folder its final name."""
+        if self.writer is not None:
+            self.writer.close()
+        write_json(self.folder / "summary.json", {"seconds": round(self.elapsed(), 1), **summary})
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+        flush_folder(self.folder)
+        os.replace(self.folder, self.out)
+        flush_folder(self.out.parent)
+
+
+def optimizer_tensors(optimizer):
+    """Adam's moments as {"opt.<parameter>.<moment>": tensor}, fit for safetensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"opt.{i}.{key}": value.clone() for i, moments in state.items() for key, value in moments.items()}
+
+
+def load_optimizer(optimizer, tensors):
+    """Put back what `optimizer_tensors` took."""
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("opt."):
+            _, i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def pick_device(name=""):
+    """`name`, or the GPU where there is one. Raises Refusal for a device that torch cannot use."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refusal(f"--device {name} cannot be used here ({error}); leave it out or give cpu") from error
+    return device

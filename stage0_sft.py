@@ -1,0 +1,226 @@
+"""
+Stage 0: supervised fine-tuning of the whole VLA on expert data (paper Sec. IV-B, Eq. 2).
+
+    min over theta, phi of  E_{(o, l, a) in D_e} || pi_{theta,phi}(o, l) - a ||^2                              (Eq. 2)
+
+First the domain's scripted expert records D_e where it is missing: 50 successful episodes of each expert task.
+
+Where the paper is silent or this differs from it:
+1) Demonstrations: the expert's action is executed with Gaussian noise on every dimension but the last (the gripper), and
+   its clean action is the label. So the data shows how to come back from small errors (DART, 1703.09327).
+2) The error is taken in units of each action dimension's standard deviation over D_e, so that each counts alike; mean and
+   deviation travel in the checkpoint.
+3) Every task is drawn equally often, however long its episodes are. Images are shifted at random by up to 4 pixels.
+4) AdamW, linear warm-up, cosine to zero; the weights kept are an exponential moving average over the last steps.
+5) The `tiny` VLM is random, so all its weights are trained here; a pre-trained one gets LoRA, as in the paper.
+
+python stage0_sft.py --domain metaworld --out runs/metaworld-seed0/0-sft       2 CPU cores: 1,250 episodes 2 min, training 25 min
+"""
+
+import math
+import multiprocessing as mp
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from data import EXPERT_SEED, Episodes, attempts, write_episode
+from evaluate import evaluate_stage
+from model import VLA, describe, load_domain
+from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
+
+
+@dataclass
+class Args:
+    domain: str = "metaworld"  # domains/<name>.py
+    data: str = "runs/D_e"  # expert episodes: <data>/<domain>/<task>/, shared by all runs
+    out: str = "runs/metaworld-seed0/0-sft"  # the checkpoint to write
+    vlm: str = "tiny"  # tiny, a local BLIP-2 folder, or a hub name such as Salesforce/blip2-opt-2.7b
+    demos: int = 50  # successful expert episodes of each task
+    noise: float = 0.2  # deviation of the noise on the expert's executed action, in units of the action range
+    image_size: int = 64  # pixels of the square camera image, in D_e and everywhere after it
+    steps: int = 6000  # optimizer steps
+    batch: int = 256  # frames of each step
+    lr: float = 7e-4  # peak learning rate
+    weight_decay: float = 0.01  # AdamW's
+    shift: int = 4  # random image shift, pixels
+    lora_rank: int = 32  # of a pre-trained VLM's LoRA
+    lora_targets: str = "all"  # all linear layers, or those of the language model only
+    dtype: str = "bfloat16"  # of the VLM's arithmetic: bfloat16 or float32
+    episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
+    seed: int = 0  # of weights, batches and noise
+    device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
+    threads: int = os.cpu_count()  # CPU threads of torch, and processes that record demonstrations
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# D_e
+
+
+def record(job):
+    """One expert episode in a worker process: attempt k of a task. Returns the task; writes the episode if it succeeds."""
+    domain_name, task, image_size, noise, folder, k = job
+    domain, cached = load_domain(domain_name), record.__dict__
+    if cached.get("task") != (task, image_size):  # one simulator per process at a time
+        if "env" in cached:
+            cached["env"].close()
+        cached["env"], cached["task"] = domain.make(task, image_size), (task, image_size)
+    env, rng = cached["env"], np.random.default_rng([EXPERT_SEED + k, 1])
+    obs, _ = env.reset(seed=EXPERT_SEED + k)
+    images, actions, rewards, ended = [], [], [], False
+    while not ended:
+        action = domain.expert(env)
+        images.append(obs)
+        actions.append(action)
+        executed = action.copy()
+        executed[:-1] += rng.normal(0, noise, len(action) - 1)
+        obs, reward, term, trunc, _ = env.step(executed.clip(-1, 1).astype(np.float32))
+        rewards.append(reward)
+        ended = term or trunc
+    if term:
+        write_episode(
+            folder / f"{k:06d}.safetensors", images, actions, rewards, domain=domain_name, task=task,
+            instruction=domain.INSTRUCTIONS[task], source="expert", seed=EXPERT_SEED + k, protocol=domain.PROTOCOL,
+        )  # fmt: skip
+    return task
+
+
+def collect(args, domain, root):
+    """Record what is missing of D_e: attempts 0, 1, 2, ... of each expert task until `demos` have succeeded.
+
+    An interrupted collection goes on: an attempt is decided by its seed alone, so it may be made again.
+    """
+    tried = dict.fromkeys(domain.EXPERT_TASKS, 0)
+    have = {task: len(attempts(root / task)) for task in tried}
+    if all(n >= args.demos for n in have.values()):
+        return
+    bar = tqdm(desc="D_e: expert episodes", total=args.demos * len(tried), initial=sum(have.values()), smoothing=0.05)
+    with mp.get_context("forkserver").Pool(args.threads) as pool:
+        while lacking := [task for task in tried if have[task] < args.demos]:
+            jobs = []
+            for task in lacking:
+                done = set(attempts(root / task))
+                until = max(args.demos, tried[task] + args.demos - have[task])
+                if until > 10 * args.demos:
+                    raise Refusal(f"the expert of {task} succeeds too rarely ({have[task]} of {tried[task]}): mend it")
+                jobs += [
+                    (args.domain, task, args.image_size, args.noise, root / task, k)
+                    for k in range(until) if k not in done and (k >= tried[task] or not tried[task])
+                ]  # fmt: skip
+                tried[task] = until
+            for task in pool.imap(record, jobs, chunksize=5):
+                n = len(attempts(root / task))
+                bar.update(n - have[task])
+                have[task] = n
+            for task in lacking:
+                have[task] = len(attempts(root / task))
+    bar.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Eq. 2
+
+
+def sft_loss(vla, images, instructions, action):
+    """Eq. 2's squared error for a batch, in units of each action dimension's deviation: images (B, H, W, 3) uint8, B
+    sentences, action (B, A) -> scalar."""
+    h, mask = vla.encode(images, instructions)                                         # (B, M, D), (B, M)
+    error = (vla.mean(h.float(), mask) - action) / vla.action_std                      # (B, A)
+    return error.square().mean()
+
+
+def random_shift(images, pixels, rng):
+    """Shift each image of (B, H, W, 3) by its own -pixels..pixels in x and y, repeating the edge (DrQ, 2004.13649)."""
+    B, H, W, _ = images.shape
+    padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
+    dy, dx = rng.integers(0, 2 * pixels + 1, (2, B))
+    return np.stack([padded[b, dy[b] : dy[b] + H, dx[b] : dx[b] + W] for b in range(B)])
+
+
+def story(args):
+    domain, out = load_domain(args.domain), Path(args.out)
+    decides = {k: v for k, v in asdict(args).items() if k not in ("data", "out", "device", "threads", "episodes")}
+    stage = Stage(out, decides)
+    device = pick_device(args.device)
+    if stage.done:
+        print(f"{out} is finished")
+        torch.set_num_threads(1)
+        return evaluate_stage(VLA.load(out, args.domain, device), domain, out, args.episodes, 16)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    root = Path(args.data) / args.domain
+    collect(args, domain, root)
+    data = Episodes({root / task: 1.0 for task in domain.EXPERT_TASKS}, domain, args.image_size)
+    sentences = sorted(set(domain.INSTRUCTIONS.values()))
+    action_dim = data.actions[0].shape[1]
+
+    vla = VLA.create(
+        args.vlm, sentences, action_dim, args.domain, args.image_size, args.lora_rank, args.lora_targets, args.dtype,
+        stage.folder,
+    ).to(device)  # fmt: skip
+    actions = torch.from_numpy(np.concatenate(data.actions))
+    vla.action_mean.copy_(actions.mean(0))
+    vla.action_std.copy_(actions.std(0).clamp(min=0.05))
+    trained = vla.theta() + vla.phi()
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+    average = torch.optim.swa_utils.AveragedModel(
+        torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+
+    tensors, counters = stage.load()
+    step = counters.get("step", 0)
+    if step:
+        for i, p in enumerate(trained):
+            p.data.copy_(tensors[f"theta_phi.{i}"])
+            average.module[i].data.copy_(tensors[f"average.{i}"])
+        average.n_averaged += 1
+        load_optimizer(optimizer, tensors)
+    print(f"stage 0: Eq. 2 on {len(data):,} frames of {len(domain.EXPERT_TASKS)} tasks | {describe(vla)}")
+
+    bar = tqdm(desc="stage 0 SFT", total=args.steps, initial=step, smoothing=0.02)
+    losses = []
+    while step < args.steps:
+        # ----------------------------------------------------------------------
+        # one step; its batch depends on (seed, step) alone
+        rng = np.random.default_rng([args.seed, 0, step])
+        lr = args.lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, instructions, action = data.batch(rng, args.batch)
+        loss = sft_loss(vla, random_shift(images, args.shift, rng), instructions, torch.from_numpy(action).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not torch.isfinite(norm):
+            raise Refusal(f"stage 0's loss is {loss.item()} at step {step}: give a smaller --lr; the last state is kept")
+        optimizer.step()
+        average.update_parameters(torch.nn.ParameterList(trained))
+        step += 1
+        # ----------------------------------------------------------------------
+        losses.append(loss.item())
+        if step % 50 == 0:
+            stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
+            bar.set_postfix(loss=f"{np.mean(losses):.3f}")
+            losses = []
+        bar.update()
+        if stage.due():
+            state = {f"theta_phi.{i}": p.data for i, p in enumerate(trained)}
+            state |= {f"average.{i}": p.data for i, p in enumerate(average.module)}
+            stage.save(state | optimizer_tensors(optimizer), {"step": step})
+    bar.close()
+
+    for p, mean in zip(trained, average.module):
+        p.data.copy_(mean)
+    vla.save(stage.folder, args=decides, instructions=sentences)
+    stage.finish(env_steps=0, frames=len(data))
+    torch.set_num_threads(1)
+    evaluate_stage(vla, domain, out, args.episodes, 16)
+
+
+if __name__ == "__main__":
+    main(story, tyro.cli(Args, description=__doc__))

@@ -1,0 +1,328 @@
+"""
+Stage 1: online RL of the action head, the VLM frozen (paper Sec. IV-B, Eq. 3).
+
+    max over phi of  J(phi) = E_{pi_phi} [ sum_t gamma^t R(s_t, a_t) ],   R = 1 on success and 0 otherwise      (Eq. 3)
+
+theta does not change, so a picture's latents h = VLM_theta(o, l) do not either: each picture passes the VLM once, when it
+arrives, and all of PPO's epochs read the stored h (bfloat16). The next state's latents are the same tensor one row on.
+When RL has converged (or its budget is spent) the best head seen records the task's successes, D_rl.
+
+Where the paper is silent or this differs from it:
+1) The algorithm is PPO (1707.06347) with GAE (1506.02438); the paper only implies it. pi_phi is a Gaussian around the
+   head's action with one trained deviation for each action dimension.
+2) A success ends the return; a time-out does not (its last state is bootstrapped from the critic).
+3) The critic starts new for each task, as in the paper, and is warmed up for some iterations before the actor moves: a
+   random critic's advantages would undo what SFT has taught.
+4) The head kept is the one with the best success over 100 training episodes, not the last one.
+5) D_rl: 50 successes of that head, after training, from initial states of their own. They are made as D_e is: executed
+   with noise, labelled with the head's mean (results/experiments.md has the comparison with the executed action).
+
+python stage_rl.py --domain metaworld --task drawer-open-new --parent runs/metaworld-seed0/0-sft --out runs/metaworld-seed0/1-rl-drawer-open-new
+"""
+
+import copy
+import os
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from tqdm import tqdm
+
+from data import ONLINE_SEED, RL_SEED, attempts, write_episode
+from evaluate import evaluate_stage, play, splits
+from model import VLA, Head, describe, freeze, load_domain, log_prob
+from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
+
+
+@dataclass
+class Args:
+    task: str  # a task of the domain, by the paper one of its RL_TASKS
+    parent: str  # the checkpoint to start from, e.g. runs/metaworld-seed0/0-sft
+    out: str  # the checkpoint to write, e.g. runs/metaworld-seed0/1-rl-drawer-open-new; D_rl/ is made beside it
+    domain: str = "metaworld"  # domains/<name>.py
+    env_steps: int = 150_000  # budget: decisions in all environments together
+    converged: float = 0.97  # stop when this share of the last 100 training episodes succeeded
+    envs: int = 16  # simulators in parallel, a process each
+    rollout: int = 128  # decisions of each simulator between two updates
+    gamma: float = 0.99  # discount
+    lam: float = 0.95  # GAE's lambda
+    clip: float = 0.2  # PPO's clip of the probability ratio
+    epochs: int = 5  # passes over a rollout
+    minibatch: int = 256  # decisions of each gradient step
+    lr: float = 3e-4  # of the head
+    critic_lr: float = 1e-3  # of the critic
+    target_kl: float = 0.03  # an update stops when the policy has moved this far
+    std: float = 0.25  # initial exploration deviation, in units of the action range
+    warmup: int = 3  # iterations that train the critic alone
+    successes: int = 50  # successful episodes for D_rl
+    noise: float = 0.2  # deviation of the noise on what is executed while recording D_rl
+    episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
+    seed: int = 0  # of the critic, exploration and minibatches
+    device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
+    threads: int = os.cpu_count()  # CPU threads of torch during updates; during rollouts the simulators have the cores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Eq. 3 by PPO
+
+
+def gae(reward, value, term, trunc, gamma, lam):
+    """Generalized advantage estimation (1506.02438, Eq. 16): the advantage of each decision, (T, N).
+
+    reward, term, trunc (T, N): what decision t led to; value (T+1, N): the critic's, value[t+1] that of the state that
+    decision t led to, also when that state is an episode's last. A success (term) has no future; a time-out (trunc) has
+    one that was not seen, so its value is kept. Neither hands on what came after it.
+    """
+    advantage, following = torch.zeros_like(reward), 0.0
+    for t in reversed(range(len(reward))):
+        delta = reward[t] + gamma * (1 - term[t]) * value[t + 1] - value[t]
+        following = delta + gamma * lam * (1 - torch.maximum(term[t], trunc[t])) * following
+        advantage[t] = following
+    return advantage
+
+
+def ppo_losses(new_log_prob, old_log_prob, advantage, value, target, clip):
+    """(policy loss, value loss, KL estimate, clipped share) of a minibatch of (B,) tensors; Eq. 7 of PPO 1707.06347."""
+    log_ratio = new_log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    policy = -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    with torch.no_grad():
+        kl = (ratio - 1 - log_ratio).mean()  # an estimate that is never negative (joschu.net/blog/kl-approx.html)
+        clipped = ((ratio - 1).abs() > clip).float().mean()
+    return policy, (value - target).square().mean(), kl, clipped
+
+
+def story(args):
+    domain, out = load_domain(args.domain), Path(args.out)
+    known = sum(splits(domain).values(), [])
+    if args.task not in known:
+        raise Refusal(f"unknown task {args.task!r}: known are {', '.join(known)}")
+    decides = {k: v for k, v in asdict(args).items() if k not in ("parent", "out", "device", "threads", "episodes")}
+    stage = Stage(out, decides, args.parent)
+    device = pick_device(args.device)
+    torch.set_num_threads(1)  # while 16 simulators share the cores; updates use args.threads
+    torch.manual_seed(args.seed)
+    if stage.done:
+        print(f"{out} is finished")
+        return evaluate_stage(VLA.load(out, args.domain, device), domain, out, args.episodes, args.envs)
+
+    vla = VLA.load(args.parent, args.domain, device)
+    freeze(vla.vlm.parameters())
+    instruction, dim = domain.INSTRUCTIONS[args.task], vla.head.mlp[0].in_features
+    vla.log_std.data.fill_(np.log(args.std))
+    critic = Head(dim, 1).to(device)
+    actor = [*vla.phi(), vla.log_std]
+    optimizer = torch.optim.Adam(
+        [{"params": actor, "lr": args.lr}, {"params": critic.parameters(), "lr": args.critic_lr}], eps=1e-5
+    )
+
+    tensors, counters = stage.load()
+    counters = counters or {"iteration": 0, "env_steps": 0, "finished": False, "best": -1.0, "recent": []}
+    best = {k: v.clone() for k, v in vla.head.state_dict().items()}
+    if tensors:
+        vla.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
+        critic.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("critic.")})
+        best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
+        vla.log_std.data.copy_(tensors["log_std"])
+        load_optimizer(optimizer, tensors)
+
+    def save():
+        state = {f"head.{k}": v for k, v in vla.head.state_dict().items()}
+        state |= {f"critic.{k}": v for k, v in critic.state_dict().items()}
+        state |= {f"best.{k}": v for k, v in best.items()} | {"log_std": vla.log_std.data}
+        stage.save(state | optimizer_tensors(optimizer), {**counters, "recent": list(recent)})
+
+    recent = deque(counters["recent"], maxlen=100)  # the last training episodes: 1 success, 0 time-out
+    print(f"stage 1: Eq. 3 on {args.task} ({instruction!r}) | {describe(vla)}, theta frozen")
+    if not counters["finished"]:
+        for best in train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
+            if stage.due():
+                save()
+        counters["finished"] = True
+        save()
+    vla.head.load_state_dict(best)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the task's successes: D_rl
+    folder = out.parent / "D_rl" / args.task
+    if "first" not in counters:  # a later round adds to what an earlier one has recorded
+        counters["first"] = max(attempts(folder), default=-1) + 1
+        save()
+    made, attempted = record_successes(args, domain, vla, folder, counters["first"])
+    print(f"D_rl: {made} successes of {attempted} attempts in {folder}")
+    vla.save(stage.folder, parent=args.parent, args=decides)
+    stage.finish(
+        env_steps=counters["env_steps"], best=counters["best"], successes=made, task=args.task,
+        updates_share=counters.get("updates_share"),
+    )  # fmt: skip
+    evaluate_stage(vla, domain, out, args.episodes, args.envs)
+
+
+def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
+    """PPO until convergence or the budget's end. Updates phi, the critic and `counters`; yields the best head so far
+    after each iteration."""
+    device, instruction = vla.device, domain.INSTRUCTIONS[args.task]
+    actor = optimizer.param_groups[0]["params"]
+    name, size = domain.__name__.split(".")[-1], vla.config["image_size"]
+    groups = np.array_split(np.arange(args.envs), min(2, args.envs))  # one steps while the other's images are encoded
+    fns = [lambda: load_domain(name).make(args.task, size)] * args.envs
+    # NEXT_STEP: an episode's last picture has a row of its own, and the decision made there is not executed but resets.
+    # So row t+1 always holds what decision t led to, and no picture has to be kept or encoded beside the rows.
+    envs = [
+        AsyncVectorEnv(fns[: len(g)], context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP, copy=False)
+        for g in groups
+    ]
+    T, N, A = args.rollout, args.envs, vla.config["action_dim"]
+
+    @torch.no_grad()
+    def encode(obs):
+        h, mask = vla.encode(obs, [instruction] * len(obs))                            # (n, M, D), (n, M)
+        if not torch.isfinite(h).all():
+            raise Refusal(f"a latent of {args.task} is NaN at iteration {counters['iteration']}: the last state is kept")
+        return h.to(torch.bfloat16), mask
+
+    seed = RL_SEED + 10_000 * args.seed + counters["iteration"]  # a resumed run does not repeat its first episodes
+    first = [encode(env.reset(seed=[seed + 1000 * int(i) for i in g])[0]) for env, g in zip(envs, groups)]
+    M, D = first[0][0].shape[1:]
+    mask = first[0][1][:1]                                                             # (1, M): one instruction
+    h = torch.zeros(T + 1, N, M, D, dtype=torch.bfloat16, device=device)               # (T+1, N, M, D)
+    h[T] = torch.cat([x for x, _ in first])
+    action, mean = (torch.zeros(T, N, A, device=device) for _ in range(2))
+    logp, reward, term, trunc = (torch.zeros(T, N, device=device) for _ in range(4))
+    over = torch.zeros(N, device=device)  # did the latest decision end its episode?
+    bar = tqdm(desc=f"RL {args.task}", total=args.env_steps, initial=counters["env_steps"], smoothing=0.1, unit="step")
+    t_total = t_update = 0.0
+    try:
+        while counters["env_steps"] < args.env_steps:
+            began = time.time()
+            generator = torch.Generator().manual_seed(hash((args.seed, counters["iteration"])) & 0x7FFFFFFF)
+            # ----------------------------------------------------------------------
+            # a rollout of T decisions in N simulators
+            h[0] = h[T]
+            valid = torch.zeros(T, N, dtype=torch.bool, device=device)
+
+            def decide(t, k):
+                g = groups[k]
+                with torch.no_grad():
+                    action[t, g], logp[t, g], mean[t, g] = vla.explore(h[t, g].float(), mask, generator)  # noqa: B023
+                if not torch.isfinite(action[t, g]).all():
+                    raise Refusal(f"the policy's action is NaN at iteration {counters['iteration']}: the last state is kept")
+                envs[k].step_async(action[t, g].clamp(-1, 1).cpu().numpy())
+
+            for k in range(len(envs)):
+                decide(0, k)
+            for t in range(T):
+                for k, g in enumerate(groups):
+                    obs, r, end, cut, _ = envs[k].step_wait()
+                    valid[t, g] = over[g] == 0  # else: this decision only reset the simulator
+                    reward[t, g], term[t, g], trunc[t, g] = (torch.as_tensor(x, dtype=torch.float32, device=device)
+                                                             for x in (r, end, cut & ~end))  # fmt: skip
+                    over[g] = torch.maximum(term[t, g], trunc[t, g])
+                    recent.extend(int(e) for e, o in zip(end, end | cut) if o)
+                    h[t + 1, g] = encode(obs)[0]
+                    if t + 1 < T:
+                        decide(t + 1, k)
+            counters["env_steps"] += int(valid.sum())
+            success = float(np.mean(recent)) if recent else 0.0
+            if len(recent) == recent.maxlen and success > counters["best"]:
+                counters["best"], best = success, copy.deepcopy(vla.head.state_dict())
+            # ----------------------------------------------------------------------
+            # PPO on the stored latents
+            t_rollout = time.time()
+            torch.set_num_threads(args.threads)
+            with torch.no_grad():
+                value = torch.stack([critic(row.float(), mask)[:, 0] for row in h])    # (T+1, N)
+            advantage = gae(reward, value, term, trunc, args.gamma, args.lam)          # (T, N)
+            target = advantage + value[:-1]                                            # (T, N)
+            rows = valid.flatten().nonzero()[:, 0]                                     # (B,) rows of the flattened (T*N)
+            flat = {
+                "h": h[:-1].flatten(0, 1), "action": action.flatten(0, 1), "logp": logp.flatten(),
+                "advantage": advantage.flatten(), "target": target.flatten(),
+            }  # fmt: skip
+            spread = flat["advantage"][rows].std() + 1e-8
+            centre = flat["advantage"][rows].mean()
+            warm = counters["iteration"] < args.warmup
+            stats, moved = [], False
+            for _ in range(args.epochs):
+                for b in rows[torch.randperm(len(rows), generator=generator).to(device)].split(args.minibatch):
+                    x = flat["h"][b].float()                                           # (b, M, D)
+                    new_logp = log_prob(flat["action"][b], vla.mean(x, mask), vla.log_std)
+                    policy, value_loss, kl, clipped = ppo_losses(
+                        new_logp, flat["logp"][b], (flat["advantage"][b] - centre) / spread, critic(x, mask)[:, 0],
+                        flat["target"][b], args.clip,
+                    )  # fmt: skip
+                    moved |= kl.item() > args.target_kl
+                    loss = value_loss if warm or moved else value_loss + policy
+                    optimizer.zero_grad()
+                    loss.backward()
+                    norm = torch.nn.utils.clip_grad_norm_(actor, 0.5)
+                    torch.nn.utils.clip_grad_norm_(critic.parameters(), 0.5)
+                    if not torch.isfinite(loss):
+                        raise Refusal(f"PPO's loss is NaN at iteration {counters['iteration']}: give a smaller --lr; "
+                                      f"the last state is kept")  # fmt: skip
+                    optimizer.step()
+                    stats.append((policy.item(), value_loss.item(), kl.item(), clipped.item(), float(norm)))
+            torch.set_num_threads(1)
+            # ----------------------------------------------------------------------
+            counters["iteration"] += 1
+            t_total += time.time() - began
+            t_update += time.time() - t_rollout
+            counters["updates_share"] = round(t_update / t_total, 4)
+            policy, value_loss, kl, clipped, norm = np.mean(stats, axis=0)
+            explained = 1 - (target - value[:-1])[valid].var() / target[valid].var().clamp(min=1e-8)
+            stage.log(
+                counters["env_steps"], success=success, std=vla.log_std.exp().mean().item(), kl=kl, clip_fraction=clipped,
+                policy_loss=policy, value_loss=value_loss, explained_variance=explained.item(), grad_norm=norm,
+                best=counters["best"], steps_per_second=int(valid.sum()) / (time.time() - began),
+                updates_share=counters["updates_share"],
+            )  # fmt: skip
+            bar.update(counters["env_steps"] - bar.n)
+            bar.set_postfix_str(f"success {success:.2f}, best {counters['best']:.2f}, kl {kl:.3f}")
+            yield best
+            if counters["best"] >= args.converged:
+                break
+    finally:
+        bar.close()
+        for env in envs:
+            env.close(terminate=True)
+
+
+def record_successes(args, domain, vla, folder, first):
+    """Record `successes` episodes of the policy into `folder`; gives up after four times as many attempts. Returns
+    (made, attempted). Attempt k is decided by its seed, so an interrupted recording can make it again."""
+    name, made, attempted = domain.__name__.split(".")[-1], 0, 0
+
+    def act(h, mask, ids):
+        """The mean as label, and executed with noise on all but the gripper, as the expert does (stage0_sft.py)."""
+        label = vla.act(h, mask)
+        noise = np.stack([np.random.default_rng([seed, step]).normal(0, args.noise, label.shape[1]) for _, seed, step in ids])
+        noise[:, -1] = 0
+        return label + torch.as_tensor(noise, dtype=label.dtype, device=label.device), label
+
+    while attempted < 4 * args.successes:
+        have = {k for k in attempts(folder) if k >= first}
+        made = len([k for k in have if k < first + attempted])
+        if made >= args.successes:
+            break
+        fresh = range(first + attempted, first + attempted + args.successes - made)
+        attempted += len(fresh)
+        programme = {args.task: [ONLINE_SEED + k for k in fresh if k not in have]}
+        if not programme[args.task]:
+            continue
+        for e in play(vla, domain, programme, args.envs, act, keep_images=True):
+            if e["success"]:
+                write_episode(
+                    folder / f"{e['seed'] - ONLINE_SEED:06d}.safetensors", e["image"], e["action"], e["reward"],
+                    domain=name, task=args.task, instruction=domain.INSTRUCTIONS[args.task], source="online",
+                    seed=e["seed"], protocol=domain.PROTOCOL,
+                )  # fmt: skip
+    return len([k for k in attempts(folder) if k >= first]), attempted
+
+
+if __name__ == "__main__":
+    main(story, tyro.cli(Args, description=__doc__))

@@ -1,0 +1,136 @@
+"""
+Stage 2: supervised fine-tuning of the whole VLA on expert data and RL's successes (paper Sec. IV-B, Eq. 4).
+
+    min over theta, phi of  E_{(o, l, a) in D_e + D_rl} || pi_{theta,phi}(o, l) - a ||^2                       (Eq. 4)
+
+Starts from stage 1's checkpoint: its head phi has learned the new task, its VLM theta has not changed since the stage
+before. Expert data keeps the old tasks, D_rl of all tasks so far brings the new ones into the VLM.
+
+Where the paper is silent or this differs from it:
+1) Mixture: every expert task is drawn equally often, every RL task `--rl-weight` times as often as an expert task (the
+   paper writes the plain union).
+2) AdamW from new moments, short warm-up, cosine to zero, moving average, image shift, and the error's unit: as in stage 0.
+3) `--freeze-vlm` trains phi alone: the paper's ablation iRe-VLA-freeze.
+4) The `tiny` VLM is trained whole here too (results/experiments.md compares that with LoRA: `--theta lora`).
+
+python stage_sft.py --parent runs/metaworld-seed0/1-rl-drawer-open-new --out runs/metaworld-seed0/1-sft
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from data import Episodes, attempts
+from evaluate import evaluate_stage
+from model import VLA, describe, freeze, load_domain
+from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
+from stage0_sft import random_shift, sft_loss
+
+
+@dataclass
+class Args:
+    parent: str  # stage 1's checkpoint, e.g. runs/metaworld-seed0/1-rl-drawer-open-new
+    out: str  # the checkpoint to write, e.g. runs/metaworld-seed0/1-sft; D_rl/ is read beside it
+    data: str = "runs/D_e"  # expert episodes: <data>/<domain>/<task>/
+    domain: str = "metaworld"  # domains/<name>.py
+    rl_weight: float = 2.0  # how often an RL task is drawn, an expert task being 1
+    freeze_vlm: bool = False  # train phi alone: iRe-VLA-freeze
+    theta: str = "whole"  # of a VLM without LoRA, train: whole, or lora (added here)
+    lora_rank: int = 32  # of that new LoRA
+    steps: int = 1000  # optimizer steps
+    batch: int = 256  # frames of each step
+    lr: float = 2e-4  # peak learning rate
+    weight_decay: float = 0.01  # AdamW's
+    shift: int = 4  # random image shift, pixels
+    episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
+    seed: int = 0  # of batches
+    device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
+    threads: int = os.cpu_count()  # CPU threads of torch
+
+
+def story(args):
+    domain, out = load_domain(args.domain), Path(args.out)
+    decides = {k: v for k, v in asdict(args).items() if k not in ("parent", "data", "out", "device", "threads", "episodes")}
+    stage = Stage(out, decides, args.parent)
+    device = pick_device(args.device)
+    if stage.done:
+        print(f"{out} is finished")
+        torch.set_num_threads(1)
+        return evaluate_stage(VLA.load(out, args.domain, device), domain, out, args.episodes, 16)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    vla = VLA.load(args.parent, args.domain, device)
+    expert, online = Path(args.data) / args.domain, out.parent / "D_rl"
+    weights = {expert / task: 1.0 for task in domain.EXPERT_TASKS}
+    weights |= {folder: args.rl_weight for folder in sorted(online.glob("*")) if attempts(folder)}
+    data = Episodes(weights, domain, vla.config["image_size"])
+
+    if args.theta == "lora" and not vla.has_lora:
+        vla.add_lora(args.lora_rank)
+    trained = vla.phi() if args.freeze_vlm else vla.theta() + vla.phi()
+    freeze(vla.parameters())
+    freeze(trained, False)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+    average = torch.optim.swa_utils.AveragedModel(
+        torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+
+    tensors, counters = stage.load()
+    step = counters.get("step", 0)
+    if step:
+        for i, p in enumerate(trained):
+            p.data.copy_(tensors[f"theta_phi.{i}"])
+            average.module[i].data.copy_(tensors[f"average.{i}"])
+        average.n_averaged += 1
+        load_optimizer(optimizer, tensors)
+    print(f"stage 2: Eq. 4 on {len(data):,} frames of {len(weights)} tasks | {describe(vla)}")
+
+    bar = tqdm(desc="stage 2 SFT", total=args.steps, initial=step, smoothing=0.02)
+    losses = []
+    while step < args.steps:
+        # ----------------------------------------------------------------------
+        # one step; its batch depends on (seed, step) alone
+        rng = np.random.default_rng([args.seed, 2, step])
+        lr = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, instructions, action = data.batch(rng, args.batch)
+        loss = sft_loss(vla, random_shift(images, args.shift, rng), instructions, torch.from_numpy(action).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not torch.isfinite(norm):
+            raise Refusal(f"stage 2's loss is {loss.item()} at step {step}: give a smaller --lr; the last state is kept")
+        optimizer.step()
+        average.update_parameters(torch.nn.ParameterList(trained))
+        step += 1
+        # ----------------------------------------------------------------------
+        losses.append(loss.item())
+        if step % 50 == 0:
+            stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
+            bar.set_postfix(loss=f"{np.mean(losses):.3f}")
+            losses = []
+        bar.update()
+        if stage.due():
+            state = {f"theta_phi.{i}": p.data for i, p in enumerate(trained)}
+            state |= {f"average.{i}": p.data for i, p in enumerate(average.module)}
+            stage.save(state | optimizer_tensors(optimizer), {"step": step})
+    bar.close()
+
+    for p, mean in zip(trained, average.module):
+        p.data.copy_(mean)
+    vla.save(stage.folder, parent=args.parent, args=decides)
+    stage.finish(env_steps=0, frames=len(data))
+    torch.set_num_threads(1)
+    evaluate_stage(vla, domain, out, args.episodes, 16)
+
+
+if __name__ == "__main__":
+    main(story, tyro.cli(Args, description=__doc__))
