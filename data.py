@@ -25,10 +25,10 @@ from run import Refusal, versions, whole
 FORMAT = "ire-vla episode 1"
 
 # Every initial state is drawn from a seed, and each use has seeds of its own, so that none can leak into another.
-EXPERT_SEED = 0          # D_e:  attempt k of a task starts from EXPERT_SEED + k
+EXPERT_SEED = 0  # D_e: attempt k of a task starts from EXPERT_SEED + k
 ONLINE_SEED = 1_000_000  # D_rl: attempt k starts from ONLINE_SEED + k
-RL_SEED = 2_000_000      # stage 1's training environments
-EVAL_SEED = 9_000_000    # evaluation: the same episodes at every stage and for every method
+RL_SEED = 2_000_000  # stage 1's training environments
+EVAL_SEED = 9_000_000  # evaluation: the same episodes at every stage and for every method
 
 
 def write_episode(path, image, action, reward, *, domain, task, instruction, source, seed, protocol):
@@ -39,7 +39,7 @@ def write_episode(path, image, action, reward, *, domain, task, instruction, sou
     """
     image, action = np.ascontiguousarray(image, np.uint8), np.ascontiguousarray(action, np.float32)
     reward = np.ascontiguousarray(reward, np.float32)
-    if image.ndim != 4 or image.shape[-1] != 3 or action.ndim != 2 or reward.shape != (len(image),) != (len(action),):
+    if image.ndim != 4 or image.shape[-1] != 3 or action.ndim != 2 or not len(image) == len(action) == len(reward):
         raise ValueError(f"not an episode: image {image.shape}, action {action.shape}, reward {reward.shape}")
     if not np.isfinite(action).all() or np.abs(action).max() > 1:
         raise ValueError(f"{path}: actions must be finite and in [-1, 1]")
@@ -62,7 +62,7 @@ def open_episode(path):
         header = handle.metadata() or {}
         if header.get("format") != FORMAT:
             raise Refusal(f"{path} is not an episode of this project ({FORMAT!r}): move it out of that folder")
-        T, H, W, C = handle.get_slice("image").get_shape()
+        T, _, _, C = handle.get_slice("image").get_shape()
         if C != 3 or handle.get_slice("action").get_shape()[0] != T or handle.get_slice("reward").get_shape() != [T]:
             raise Refusal(f"{path}: image, action and reward differ in length: delete it and collect again")
     except (SafetensorError, ValueError, OSError) as error:
@@ -97,7 +97,7 @@ class Episodes:
                         )
                 frames = handle.get_slice("image")
                 T, H, W, _ = frames.get_shape()
-                if (H, W) != (image_size, image_size):
+                if (image_size, image_size) != (H, W):
                     raise Refusal(f"{path} holds {H}x{W} images, but --image-size is {image_size}: use the same, or "
                                   f"delete its folder to collect again")  # fmt: skip
                 action = handle.get_tensor("action")

@@ -5,11 +5,10 @@ The greedy policy plays fixed episodes (data.EVAL_SEED + 0, 1, ...) that nothing
 and for every method, so that two policies can be compared episode by episode. A rate is k successes of n episodes with
 its 95 % Wilson interval (the paper states neither its episodes, which are 25 a task by its numbers, nor intervals).
 
-python evaluate.py --checkpoint runs/metaworld-seed0/0-sft                                       all tasks, 25 episodes each
+python evaluate.py --checkpoint runs/metaworld-seed0/0-sft            all tasks, 25 episodes each, about 2 minutes
 python evaluate.py --checkpoint runs/metaworld-seed0/0-sft --tasks drawer-open --episodes 3 --video drawer.mp4
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ class Args:
     tasks: tuple[str, ...] = ()  # names of the domain's tasks; none: all of them
     episodes: int = 25  # episodes of each task
     video: str = ""  # also write these episodes as an .mp4 (not into eval.json)
-    out: str = ""  # where to write the result; empty: eval.json in the checkpoint's folder, when all tasks are evaluated
+    out: str = ""  # where to write the result; empty: the checkpoint's eval.json, when all tasks are evaluated
     envs: int = 16  # simulators in parallel, a process each
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
     threads: int = 1  # CPU threads of torch; the simulators have the other cores
@@ -52,8 +51,18 @@ def splits(domain):
     return {"expert": domain.EXPERT_TASKS, "rl": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
 
 
+def all_tasks(domain):
+    return [*domain.EXPERT_TASKS, *domain.RL_TASKS, *domain.UNSEEN_TASKS]
+
+
+def check_task(task, domain):
+    """Raises Refusal for a task that the domain does not have, naming those it has."""
+    if task not in all_tasks(domain):
+        raise Refusal(f"unknown task {task!r}: known are {', '.join(all_tasks(domain))}")
+
+
 class Player(gym.Env):
-    """One simulator of a worker process: plays the (task, seed) that its reset is told, making the task when it changes."""
+    """A worker process's simulator: plays the (task, seed) that its reset is told, making the task when it changes."""
 
     def __init__(self, domain_name, task, image_size, index):
         self.domain, self.image_size, self.index = load_domain(domain_name), image_size, index
@@ -97,14 +106,11 @@ def play(vla, domain, programme, envs, act, keep_images=False):
     untouched, now = list(left), {}  # now: simulator -> the episode that it plays
 
     def assign(w):
-        """The next episode of simulator w: of its own task, else of a task nobody plays, else of the one with most left."""
+        """Simulator w's next episode: of its own task, else of one nobody plays, else of the one with most left."""
         task = now[w]["task"] if now.get(w) else None
         if not left.get(task):
-            rest = [t for t in untouched if left[t]] or sorted((t for t in left if left[t]), key=lambda t: -len(left[t]))
-            task = rest[0] if rest else None
-        if task in untouched:
-            untouched.remove(task)
-        now[w] = dict(task=task, seed=left[task].pop(0), decisions=0, frames=[]) if task else None
+            task = untouched.pop(0) if untouched else max(left, key=lambda t: len(left[t]))
+        now[w] = dict(task=task, seed=left[task].pop(0), decisions=0, frames=[]) if left[task] else None
 
     def play_options(mask, group):
         return {"reset_mask": mask, "play": {w: now[w] and (now[w]["task"], now[w]["seed"]) for w in group}}
@@ -164,9 +170,8 @@ def evaluate(vla, domain, tasks, episodes, envs=16, label="evaluate"):
 
     Raises Refusal for a task that the domain does not have.
     """
-    known = sum(splits(domain).values(), [])
-    if unknown := [t for t in tasks if t not in known]:
-        raise Refusal(f"unknown task {unknown[0]!r}: known are {', '.join(known)}")
+    for task in tasks:
+        check_task(task, domain)
     seeds = [EVAL_SEED + i for i in range(episodes)]
     greedy = lambda h, mask, ids: (a := vla.act(h, mask), a)  # noqa: E731
     result = {task: {"success": [None] * episodes, "decisions": [None] * episodes} for task in tasks}
@@ -185,17 +190,17 @@ def evaluate_stage(vla, domain, folder, episodes, envs):
     """Evaluate a finished stage on all of the domain's tasks and write eval.json into its folder, once."""
     path = Path(folder) / "eval.json"
     if episodes and not path.exists():
-        tasks = evaluate(vla, domain, sum(splits(domain).values(), []), episodes, envs, f"evaluate {path.parent.name}")
+        tasks = evaluate(vla, domain, all_tasks(domain), episodes, envs, f"evaluate {path.parent.name}")
         write_json(path, {"protocol": domain.PROTOCOL, "eval_seed": EVAL_SEED, "versions": versions(), "tasks": tasks})
     if path.exists():
         print(f"{path.parent}: {summary(read_json(path)['tasks'], domain)}")
 
 
 def summary(tasks, domain):
-    """"expert 0.83 [0.80, 0.86] (519/625), rl ..." of an evaluation's tasks."""
+    """One line of an evaluation's tasks: expert 0.83 [0.80, 0.86] (519/625), rl ..."""
     parts = []
     for split, names in splits(domain).items():
-        outcomes = sum((tasks[t]["success"] for t in names if t in tasks), [])
+        outcomes = [outcome for t in names if t in tasks for outcome in tasks[t]["success"]]
         if outcomes:
             k, n = sum(outcomes), len(outcomes)
             low, high = wilson(k, n)
@@ -230,7 +235,7 @@ def story(args):
     config = read_json(Path(args.checkpoint) / "config.json")
     domain = load_domain(config["domain"])
     vla = VLA.load(args.checkpoint, device=pick_device(args.device))
-    tasks = list(args.tasks) or sum(splits(domain).values(), [])
+    tasks = list(args.tasks) or all_tasks(domain)
     if args.video:
         film(vla, domain, tasks, args.episodes, args.video)
         return print(f"wrote {args.video}")

@@ -20,15 +20,7 @@ fi
 DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-}
 OUT=runs/${RUN:-$DOMAIN-seed$SEED${SMOKE:+-smoke}}
 
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=.venv/bin/python
-  if [ ! -e .venv/.complete ]; then
-    echo "installing requirements.txt into .venv (once, about a minute)"
-    python3 -m venv .venv
-    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-    touch .venv/.complete
-  fi
-fi
+source venv.sh
 
 # A smoke run is the same commands with small numbers. Its D_e is its own, so that a real run never trains on it.
 STAGE0="" RL="" SFT="" DATA=runs/D_e

@@ -16,13 +16,17 @@ Where the paper is silent or this differs from it:
 1) Which language model: any BLIP-2; the 3B of the paper is taken to be Salesforce/blip2-opt-2.7b (a decoder whose
    "final fully connected layer" can be replaced).
 2) Token learner: PMA with one seed (Set Transformer 1810.00825, the paper's reference), written so that its cost is
-   linear in D for each of the M tokens; the inner rFF on h is dropped. MLP: two hidden layers of 256.
-3) LoRA: rank 32, alpha 32, on every linear layer of the VLM; `--lora-targets language` confines it to the language model.
+   linear in D for each of the M tokens; the inner rFF on h is dropped (h comes out of the VLM's final layer norm).
+   MLP: two hidden layers of 256.
+3) LoRA: rank 32, alpha 32, on every linear layer of the VLM; `--lora-targets language` confines it to the language
+   model.
 4) `tiny` is a BLIP-2 of the same classes with random weights. There is nothing in it for LoRA to adapt, so stage 0
    trains it whole (theta is then all of the VLM), and the result plays the pre-trained VLM from there on.
 """
 
+import importlib
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -65,16 +69,16 @@ class TokenLearner(nn.Module):
     def __init__(self, dim, heads=4):
         super().__init__()
         self.heads = heads
-        self.norm_in, self.norm_att, self.norm_out = (nn.LayerNorm(dim) for _ in range(3))
+        self.norm_att, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.seed = nn.Parameter(torch.randn(dim))
         self.q, self.v, self.o = (nn.Linear(dim, dim) for _ in range(3))
-        self.k = nn.Linear(dim, dim, bias=False)  # a key bias would shift all of a head's scores alike: softmax drops it
+        self.k = nn.Linear(dim, dim, bias=False)  # softmax would drop a key bias: it shifts all scores of a head alike
         self.ff = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, h, mask):
         """mask (B, M): True where a token is real, False where a shorter instruction was padded."""
+        # fmt: off
         H, D = self.heads, h.shape[-1]
-        h = self.norm_in(h)                                                            # (B, M, D)
         q = self.q(self.seed).view(H, D // H)                                          # (H, D/H)
         q = torch.einsum("he,hed->hd", q, self.k.weight.view(H, D // H, D))            # (H, D)
         score = h @ q.T * (D // H) ** -0.5                                             # (B, M, H)
@@ -83,6 +87,7 @@ class TokenLearner(nn.Module):
         value = torch.einsum("bhd,hed->bhe", pooled, self.v.weight.view(H, D // H, D)) # (B, H, D/H)
         x = self.norm_att(self.seed + self.o(value.flatten(1) + self.v.bias))          # (B, D)
         return self.norm_out(x + self.ff(x))                                           # (B, D)
+        # fmt: on
 
 
 class Head(nn.Module):
@@ -96,8 +101,8 @@ class Head(nn.Module):
         )
 
     def forward(self, h, mask):
-        h_pooled = self.token_learner(h.to(self.mlp[0].weight.dtype), mask)            # (B, D)
-        return self.mlp(h_pooled)                                                      # (B, out)
+        h_pooled = self.token_learner(h.to(self.mlp[0].weight.dtype), mask)  # (B, D)
+        return self.mlp(h_pooled)  # (B, out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,12 +156,12 @@ class VLA(nn.Module):
 
     def preprocess(self, images):
         """images (B, H, W, 3) uint8 -> (B, 3, S, S) float32, what HF's own processor makes of them, on the device."""
-        x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).contiguous()   # (B, 3, H, W) uint8
+        x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W) uint8
         size = self.blip.config.vision_config.image_size
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
         scale = 1 / (255 * self.image_std)
-        return torch.addcmul(-self.image_mean / self.image_std, x.float(), scale)      # (B, 3, S, S)
+        return torch.addcmul(-self.image_mean / self.image_std, x.float(), scale)  # (B, 3, S, S)
 
     def tokenize(self, instructions):
         """B sentences -> (ids (B, L), mask (B, L)), padded to the longest. As HF's BLIP-2 processor does, the image's
@@ -174,6 +179,7 @@ class VLA(nn.Module):
         M = query tokens + text tokens. Equal to the last hidden state of BLIP-2's own forward; the language model's
         output layer, which the action head replaces, is not computed.
         """
+        # fmt: off
         blip = self.blip
         ids, text_mask = self.tokenize(instructions)                                   # (B, L)
         with self.autocast():
@@ -185,6 +191,7 @@ class VLA(nn.Module):
             transformer = lm.get_encoder() if blip.config.text_config.is_encoder_decoder else lm.model
             h = transformer(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
         return h, mask                                                                 # (B, M, D), (B, M)
+        # fmt: on
 
     def autocast(self):
         """bfloat16 arithmetic where the checkpoint asks for it."""
@@ -201,13 +208,13 @@ class VLA(nn.Module):
         return self.mean(h, mask).clamp(-1, 1)
 
     def explore(self, h, mask, generator):
-        """Act to learn: (action (B, A), its log-probability (B,), mean (B, A)) of the Gaussian policy pi_phi(a | h).
+        """Act to learn: h (B, M, D) -> (action (B, A), its log-probability (B,)) of the Gaussian policy pi_phi(a | h).
 
         The action is not clipped: the environment does that, and the probability stays that of what was drawn.
         """
         mean = self.mean(h, mask)
         action = mean + self.log_std.exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
-        return action, log_prob(action, mean, self.log_std), mean
+        return action, log_prob(action, mean, self.log_std)
 
     # --- checkpoints
 
@@ -272,10 +279,10 @@ class VLA(nn.Module):
             read_tensors(folder / "adapter_model.safetensors")
             vla.vlm = PeftModel.from_pretrained(vla.vlm, folder, is_trainable=True)
         elif config["weights"] != "vlm":
-            raise Refusal(f"{folder}/adapter_config.json is missing: the folder is not a whole checkpoint; use another")
+            raise Refusal(f"{folder}/adapter_config.json is missing, so it is no whole checkpoint: use another")
         missing = {n for n, _ in vla.named_parameters() if not n.startswith("vlm.")} - set(heads)
         if missing:
-            raise Refusal(f"{folder}/heads.safetensors lacks {sorted(missing)[0]}: it is of another version; train again")
+            raise Refusal(f"{folder}/heads.safetensors lacks {min(missing)}: it is of another version; train again")
         vla.load_state_dict(heads, strict=False)
         return vla.to(device)
 
@@ -295,7 +302,7 @@ def freeze(parameters, frozen=True):
 
 
 def load_vlm(folder, config, train_whole):
-    """(BLIP-2, tokenizer, image processor) by HF's from_pretrained; config["weights"] is "vlm" for a copy of its own."""
+    """(BLIP-2, tokenizer, image processor) by HF's from_pretrained; config["weights"] is "vlm" for folder/vlm."""
     own = config["weights"] == "vlm"
     source = Path(folder) / "vlm" if own else config["weights"]
     # A frozen VLM needs no float32 weights; one that is trained whole does, or small steps would round to nothing.
@@ -303,7 +310,7 @@ def load_vlm(folder, config, train_whole):
     if own:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
             if not (source / name).exists():
-                raise Refusal(f"{source / name} is missing: the folder is not a whole checkpoint; use another")
+                raise Refusal(f"{source / name} is missing, so {folder} is no whole checkpoint: use another")
         read_json(source / "config.json")
         read_tensors(source / "model.safetensors")
     try:
@@ -312,12 +319,10 @@ def load_vlm(folder, config, train_whole):
         image_processor = BlipImageProcessorPil.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise Refusal(
-            f"--vlm {source} is not a BLIP-2 that can be loaded ({str(error).splitlines()[0]}): give tiny, a local folder, "
-            f"or a hub name such as Salesforce/blip2-opt-2.7b"
+            f"--vlm {source} is not a BLIP-2 that can be loaded ({str(error).splitlines()[0]}): give tiny, a local "
+            f"folder, or a hub name such as Salesforce/blip2-opt-2.7b"
         ) from error
-    if vlm.config.image_token_index is not None:  # HF's image placeholder is no word of an instruction
-        tokenizer.padding_side = "right"
-    if not torch.cuda.is_available():  # torch's fused attention is 2.5 times slower on a CPU at these lengths (training)
+    if not torch.cuda.is_available():  # torch's fused attention trains 2.5 times slower on a CPU at these lengths
         vlm.set_attn_implementation("eager")
     return vlm.eval(), tokenizer, image_processor  # eval: no dropout, so that h is a function of o and l alone
 
@@ -334,8 +339,8 @@ def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(3, 2,
     special = dict(unk_token="<unk>", pad_token="<pad>", extra_special_tokens={"image_token": "<image>"})
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
-    # HF's default initial deviation of 0.02 is meant for widths near 1,000. At this width it leaves every layer's output
-    # close to zero, and SFT then learns a constant; 1/sqrt(width) = 0.09 trains.
+    # HF's default initial deviation of 0.02 is meant for widths near 1,000. At this width it leaves every layer's
+    # output close to zero, and SFT then learns a constant; 1/sqrt(width) = 0.09 trains.
     shape = dict(hidden_size=width, num_attention_heads=4, intermediate_size=4 * width)
     std = width**-0.5
     vision = dict(shape, num_hidden_layers=layers[0], image_size=image_size, patch_size=patch, initializer_range=std)
@@ -352,7 +357,7 @@ def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(3, 2,
         image_token_index=vocab["<image>"],
     )  # fmt: skip
     vlm = Blip2ForConditionalGeneration(config)
-    # HF starts the query tokens at zero: all of them equal, hence equal for ever. Positions and words need to differ too.
+    # HF starts the query tokens at zero: all equal, hence equal for ever. Positions and words need to differ too.
     nn.init.normal_(vlm.query_tokens, std=1.0)
     nn.init.normal_(vlm.vision_model.embeddings.position_embedding, std=0.5)
     nn.init.normal_(vlm.get_input_embeddings().weight, std=0.5)
@@ -362,12 +367,12 @@ def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(3, 2,
 
 
 def load_domain(name):
-    """The module domains/<name>.py. Raises Refusal for an unknown name, listing the known ones."""
-    import importlib
-
+    """The module domains/<name>.py. Raises Refusal for an unknown name, and where the domain cannot draw."""
     known = sorted(p.stem for p in (Path(__file__).parent / "domains").glob("[a-z]*.py"))
     if name not in known:
-        raise Refusal(f"unknown domain {name!r}: known are {', '.join(known)}; a new one is a file domains/{name}.py")
+        raise Refusal(f"unknown domain {name!r}: known are {', '.join(known)}; a new one is a file in domains/")
+    # Simulators run in processes that are forked from a server; what it has imported, they need not.
+    multiprocessing.set_forkserver_preload(["__main__", f"domains.{name}"])
     return importlib.import_module(f"domains.{name}")
 
 

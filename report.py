@@ -1,7 +1,8 @@
 """
-A run's report: success by stage and split with intervals, and the matrix of tasks over stages (forgetting at a glance).
+A run's report: success by stage and split with intervals, and the matrix of tasks over stages, which shows at a glance
+what was forgotten.
 
-Reads the eval.json and summary.json of a run's finished stages; writes report.json, report.md and report.png into the run.
+Reads the eval.json and summary.json of a run's finished stages; writes report.json, report.md, report.png beside them.
 
 python report.py --run runs/metaworld-seed0
 """
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import tyro
 
-from evaluate import splits, wilson
+from evaluate import all_tasks, splits, wilson
 from model import load_domain
-from run import Refusal, main, read_json, versions, write_json, whole
+from run import Refusal, main, read_json, versions, whole, write_json
 
 
 @dataclass
@@ -63,7 +64,7 @@ def report(args):
             continue
         evaluated, done = read_json(stage / "eval.json"), read_json(stage / "summary.json")
         if protocol not in (None, evaluated["protocol"]):
-            raise Refusal(f"{stage}/eval.json was made under another protocol than the stages before it: evaluate again")
+            raise Refusal(f"{stage}/eval.json has another protocol than the stages before it: evaluate again")
         protocol = evaluated["protocol"]
         count = lambda names: {  # noqa: E731
             "successes": sum(sum(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
@@ -95,12 +96,14 @@ def markdown(r, domain):
     for s in r["stages"]:
         cells = " | ".join(f"{cell(s['splits'][k])}" for k in ("expert", "rl", "unseen"))
         lines.append(f"| {s['name']} | {cells} | {s['seconds'] / 60:.1f} | {s['env_steps']:,} |")
-    lines += ["", "| task | " + " | ".join(s["name"] for s in r["stages"]) + " |", "| --- " * (len(r["stages"]) + 1) + "|"]
+    names = " | ".join(s["name"] for s in r["stages"])
+    lines += ["", f"| task | {names} |", "| --- " * (len(r["stages"]) + 1) + "|"]
     for split, names in splits(domain).items():
         lines.append(f"| **{split}** |" + " |" * len(r["stages"]))
         lines += [f"| {t} | " + " | ".join(f"{rate(s['tasks'][t]):.2f}" for s in r["stages"]) + " |" for t in names]
     protocol = ", ".join(f"{k} {v}" for k, v in r["protocol"].items())
-    lines += ["", f"Protocol: {protocol}.", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in r["versions"].items()) + "."]
+    made_by = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    lines += ["", f"Protocol: {protocol}.", "", f"Versions: {made_by}."]
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +114,7 @@ def picture(r, domain, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    stages, names = r["stages"], sum(splits(domain).values(), [])
+    stages, names = r["stages"], all_tasks(domain)
     short = [s["name"].replace("-new", "") for s in stages]
     fig, (left, right) = plt.subplots(
         1, 2, figsize=(13, 0.19 * len(names) + 1.8), width_ratios=[1.25, 1], layout="constrained"
@@ -123,8 +126,9 @@ def picture(r, domain, path):
         y = [rate(c) for c in counts]
         intervals = [wilson(c["successes"], c["episodes"]) for c in counts]
         x = [i + 0.06 * (j - 1) for i in range(len(stages))]
-        error = [[max(0, a - lo) for a, (lo, _) in zip(y, intervals)], [max(0, hi - a) for a, (_, hi) in zip(y, intervals)]]
-        left.errorbar(x, y, error, color=colour, marker="o", markersize=4, capsize=2, linewidth=1.6, label=labels[split])
+        below = [max(0, a - low) for a, (low, _) in zip(y, intervals)]
+        above = [max(0, high - a) for a, (_, high) in zip(y, intervals)]
+        left.errorbar(x, y, [below, above], color=colour, marker="o", markersize=4, capsize=2, label=labels[split])
         left.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (7, -3), textcoords="offset points", color=colour, fontsize=9)
     left.set(ylim=(0, 1.02), ylabel="success (95 % Wilson interval)", xlim=(-0.3, len(stages) - 0.5))
     left.set_xticks(range(len(stages)), short, rotation=35, ha="right", fontsize=8)

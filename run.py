@@ -98,9 +98,9 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
-        raise Refusal(f"{path} is missing: the folder is not a whole checkpoint; use another, or train it again") from error
+        raise Refusal(f"{path} is missing, so its folder is no whole checkpoint: use another") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} is not JSON ({error}): restore the file, or delete the folder and train it again") from error
+        raise Refusal(f"{path} is not JSON ({error}): restore it, or delete its folder and train again") from error
 
 
 def read_tensors(path, device="cpu"):
@@ -109,7 +109,7 @@ def read_tensors(path, device="cpu"):
         with safe_open(path, framework="pt", device=str(device)) as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise Refusal(f"{path} is missing: the folder is not a whole checkpoint; use another, or train it again") from error
+        raise Refusal(f"{path} is missing, so its folder is no whole checkpoint: use another") from error
     except SafetensorError as error:
         raise Refusal(f"{path} is damaged ({error}): delete its folder and give the command again") from error
 
@@ -133,10 +133,11 @@ class Stage:
         record = (self.out if self.done else self.folder) / "stage.json"
         if record.exists():
             old = read_json(record)["args"]
-            differ = [f"{k}: {old.get(k)} then, {args.get(k)} now" for k in {**old, **args} if old.get(k) != args.get(k)]
+            differ = [k for k in {**old, **args} if old.get(k) != args.get(k)]
             if differ:
+                then_now = "; ".join(f"{k}: {old.get(k)} then, {args.get(k)} now" for k in differ)
                 raise Refusal(
-                    f"{record.parent} was started with other arguments ({'; '.join(differ)}): "
+                    f"{record.parent} was started with other arguments ({then_now}): "
                     f"give the first ones again, choose another RUN, or delete that folder"
                 )
         elif not self.done:

@@ -6,15 +6,16 @@ Stage 0: supervised fine-tuning of the whole VLA on expert data (paper Sec. IV-B
 First the domain's scripted expert records D_e where it is missing: 50 successful episodes of each expert task.
 
 Where the paper is silent or this differs from it:
-1) Demonstrations: the expert's action is executed with Gaussian noise on every dimension but the last (the gripper), and
-   its clean action is the label. So the data shows how to come back from small errors (DART, 1703.09327).
-2) The error is taken in units of each action dimension's standard deviation over D_e, so that each counts alike; mean and
-   deviation travel in the checkpoint.
-3) Every task is drawn equally often, however long its episodes are. Images are shifted at random by up to 4 pixels.
+1) Demonstrations: the expert's action is executed with Gaussian noise on every dimension but the last (the gripper),
+   and its clean action is the label. So the data shows how to come back from small errors (DART, 1703.09327).
+2) The error is taken in units of each action dimension's standard deviation over D_e, so that each counts alike; mean
+   and deviation travel in the checkpoint.
+3) Every task is drawn equally often, however long its episodes are. Images are shifted at random by up to 4 pixels, and
+   half of them get other colours: a VLM that has seen the world would not need that, `tiny` has not.
 4) AdamW, linear warm-up, cosine to zero; the weights kept are an exponential moving average over the last steps.
 5) The `tiny` VLM is random, so all its weights are trained here; a pre-trained one gets LoRA, as in the paper.
 
-python stage0_sft.py --domain metaworld --out runs/metaworld-seed0/0-sft       2 CPU cores: 1,250 episodes 2 min, training 25 min
+python stage0_sft.py --domain metaworld --out runs/metaworld-seed0/0-sft        2 CPU cores: 2 + 15 minutes
 """
 
 import math
@@ -43,7 +44,7 @@ class Args:
     demos: int = 50  # successful expert episodes of each task
     noise: float = 0.2  # deviation of the noise on the expert's executed action, in units of the action range
     image_size: int = 64  # pixels of the square camera image, in D_e and everywhere after it
-    steps: int = 6000  # optimizer steps
+    steps: int = 7000  # optimizer steps
     batch: int = 256  # frames of each step
     lr: float = 7e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
@@ -62,7 +63,7 @@ class Args:
 
 
 def record(job):
-    """One expert episode in a worker process: attempt k of a task. Returns the task; writes the episode if it succeeds."""
+    """One expert episode in a worker process: attempt k of a task. Writes it if it succeeds; returns the task."""
     domain_name, task, image_size, noise, folder, k = job
     domain, cached = load_domain(domain_name), record.__dict__
     if cached.get("task") != (task, image_size):  # one simulator per process at a time
@@ -128,22 +129,28 @@ def collect(args, domain, root):
 def sft_loss(vla, images, instructions, action):
     """Eq. 2's squared error for a batch, in units of each action dimension's deviation: images (B, H, W, 3) uint8, B
     sentences, action (B, A) -> scalar."""
-    h, mask = vla.encode(images, instructions)                                         # (B, M, D), (B, M)
-    error = (vla.mean(h.float(), mask) - action) / vla.action_std                      # (B, A)
+    h, mask = vla.encode(images, instructions)  # (B, M, D), (B, M)
+    error = (vla.mean(h.float(), mask) - action) / vla.action_std  # (B, A)
     return error.square().mean()
 
 
-def random_shift(images, pixels, rng):
-    """Shift each image of (B, H, W, 3) by its own -pixels..pixels in x and y, repeating the edge (DrQ, 2004.13649)."""
+def augment(images, pixels, rng):
+    """Shift each image of (B, H, W, 3) uint8 by its own -pixels..pixels in x and y, repeating the edge (DrQ,
+    2004.13649), and give half of them other colours: channels swapped, each with its own brightness."""
     B, H, W, _ = images.shape
     padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
     dy, dx = rng.integers(0, 2 * pixels + 1, (2, B))
-    return np.stack([padded[b, dy[b] : dy[b] + H, dx[b] : dx[b] + W] for b in range(B)])
+    images = np.stack([padded[b, dy[b] : dy[b] + H, dx[b] : dx[b] + W] for b in range(B)])
+    for b in np.flatnonzero(rng.random(B) < 0.5):
+        table = np.clip(np.arange(256)[:, None] * rng.uniform(0.6, 1.4, 3), 0, 255).astype(np.uint8)  # (256, 3)
+        images[b] = np.take_along_axis(table, images[b][..., rng.permutation(3)].reshape(-1, 3), 0).reshape(H, W, 3)
+    return images
 
 
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
-    decides = {k: v for k, v in asdict(args).items() if k not in ("data", "out", "device", "threads", "episodes")}
+    free = ("data", "out", "device", "threads", "episodes")  # what may change when the stage goes on
+    decides = {k: v for k, v in asdict(args).items() if k not in free}
     stage = Stage(out, decides)
     device = pick_device(args.device)
     if stage.done:
@@ -192,12 +199,12 @@ def story(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, instructions, action = data.batch(rng, args.batch)
-        loss = sft_loss(vla, random_shift(images, args.shift, rng), instructions, torch.from_numpy(action).to(device))
+        loss = sft_loss(vla, augment(images, args.shift, rng), instructions, torch.from_numpy(action).to(device))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not torch.isfinite(norm):
-            raise Refusal(f"stage 0's loss is {loss.item()} at step {step}: give a smaller --lr; the last state is kept")
+            raise Refusal(f"the loss is {loss.item()} at step {step}: give a smaller --lr; the last state is kept")
         optimizer.step()
         average.update_parameters(torch.nn.ParameterList(trained))
         step += 1

@@ -3,9 +3,9 @@ Stage 1: online RL of the action head, the VLM frozen (paper Sec. IV-B, Eq. 3).
 
     max over phi of  J(phi) = E_{pi_phi} [ sum_t gamma^t R(s_t, a_t) ],   R = 1 on success and 0 otherwise      (Eq. 3)
 
-theta does not change, so a picture's latents h = VLM_theta(o, l) do not either: each picture passes the VLM once, when it
-arrives, and all of PPO's epochs read the stored h (bfloat16). The next state's latents are the same tensor one row on.
-When RL has converged (or its budget is spent) the best head seen records the task's successes, D_rl.
+theta does not change, so a picture's latents h = VLM_theta(o, l) do not either: each picture passes the VLM once, when
+it arrives, and all of PPO's epochs read the stored h (bfloat16). The next state's latents are the same tensor one row
+on. When RL has converged (or its budget is spent) the best head seen records the task's successes, D_rl.
 
 Where the paper is silent or this differs from it:
 1) The algorithm is PPO (1707.06347) with GAE (1506.02438); the paper only implies it. pi_phi is a Gaussian around the
@@ -17,10 +17,9 @@ Where the paper is silent or this differs from it:
 5) D_rl: 50 successes of that head, after training, from initial states of their own. They are made as D_e is: executed
    with noise, labelled with the head's mean (results/experiments.md has the comparison with the executed action).
 
-python stage_rl.py --domain metaworld --task drawer-open-new --parent runs/metaworld-seed0/0-sft --out runs/metaworld-seed0/1-rl-drawer-open-new
+python stage_rl.py --task drawer-open-new --parent runs/metaworld-seed0/0-sft --out runs/metaworld-seed0/1-rl
 """
 
-import copy
 import os
 import time
 from collections import deque
@@ -34,7 +33,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from tqdm import tqdm
 
 from data import ONLINE_SEED, RL_SEED, attempts, write_episode
-from evaluate import evaluate_stage, play, splits
+from evaluate import check_task, evaluate_stage, play
 from model import VLA, Head, describe, freeze, load_domain, log_prob
 from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
 
@@ -53,8 +52,8 @@ class Args:
     lam: float = 0.95  # GAE's lambda
     clip: float = 0.2  # PPO's clip of the probability ratio
     epochs: int = 5  # passes over a rollout
-    minibatch: int = 256  # decisions of each gradient step
-    lr: float = 3e-4  # of the head
+    minibatch: int = 512  # decisions of each gradient step
+    lr: float = 1e-4  # of the head
     critic_lr: float = 1e-3  # of the critic
     target_kl: float = 0.03  # an update stops when the policy has moved this far
     std: float = 0.25  # initial exploration deviation, in units of the action range
@@ -99,10 +98,9 @@ def ppo_losses(new_log_prob, old_log_prob, advantage, value, target, clip):
 
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
-    known = sum(splits(domain).values(), [])
-    if args.task not in known:
-        raise Refusal(f"unknown task {args.task!r}: known are {', '.join(known)}")
-    decides = {k: v for k, v in asdict(args).items() if k not in ("parent", "out", "device", "threads", "episodes")}
+    check_task(args.task, domain)
+    free = ("parent", "out", "device", "threads", "episodes")  # what may change when the stage goes on
+    decides = {k: v for k, v in asdict(args).items() if k not in free}
     stage = Stage(out, decides, args.parent)
     device = pick_device(args.device)
     torch.set_num_threads(1)  # while 16 simulators share the cores; updates use args.threads
@@ -140,7 +138,7 @@ def story(args):
     recent = deque(counters["recent"], maxlen=100)  # the last training episodes: 1 success, 0 time-out
     print(f"stage 1: Eq. 3 on {args.task} ({instruction!r}) | {describe(vla)}, theta frozen")
     if not counters["finished"]:
-        for best in train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
+        for _ in train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
             if stage.due():
                 save()
         counters["finished"] = True
@@ -164,8 +162,8 @@ def story(args):
 
 
 def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
-    """PPO until convergence or the budget's end. Updates phi, the critic and `counters`; yields the best head so far
-    after each iteration."""
+    """PPO until convergence or the budget's end. Changes phi, the critic, `counters`, `recent` and `best`, the best
+    head so far; yields after each iteration, when all of them belong together."""
     device, instruction = vla.device, domain.INSTRUCTIONS[args.task]
     actor = optimizer.param_groups[0]["params"]
     name, size = domain.__name__.split(".")[-1], vla.config["image_size"]
@@ -181,18 +179,18 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
 
     @torch.no_grad()
     def encode(obs):
-        h, mask = vla.encode(obs, [instruction] * len(obs))                            # (n, M, D), (n, M)
+        h, mask = vla.encode(obs, [instruction] * len(obs))  # (n, M, D), (n, M)
         if not torch.isfinite(h).all():
-            raise Refusal(f"a latent of {args.task} is NaN at iteration {counters['iteration']}: the last state is kept")
+            raise Refusal(f"a latent of {args.task} is NaN at step {counters['env_steps']}: the last state is kept")
         return h.to(torch.bfloat16), mask
 
     seed = RL_SEED + 10_000 * args.seed + counters["iteration"]  # a resumed run does not repeat its first episodes
     first = [encode(env.reset(seed=[seed + 1000 * int(i) for i in g])[0]) for env, g in zip(envs, groups)]
     M, D = first[0][0].shape[1:]
-    mask = first[0][1][:1]                                                             # (1, M): one instruction
-    h = torch.zeros(T + 1, N, M, D, dtype=torch.bfloat16, device=device)               # (T+1, N, M, D)
+    mask = first[0][1][:1]  # (1, M): one instruction
+    h = torch.zeros(T + 1, N, M, D, dtype=torch.bfloat16, device=device)  # (T+1, N, M, D)
     h[T] = torch.cat([x for x, _ in first])
-    action, mean = (torch.zeros(T, N, A, device=device) for _ in range(2))
+    action = torch.zeros(T, N, A, device=device)
     logp, reward, term, trunc = (torch.zeros(T, N, device=device) for _ in range(4))
     over = torch.zeros(N, device=device)  # did the latest decision end its episode?
     bar = tqdm(desc=f"RL {args.task}", total=args.env_steps, initial=counters["env_steps"], smoothing=0.1, unit="step")
@@ -209,9 +207,9 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
             def decide(t, k):
                 g = groups[k]
                 with torch.no_grad():
-                    action[t, g], logp[t, g], mean[t, g] = vla.explore(h[t, g].float(), mask, generator)  # noqa: B023
+                    action[t, g], logp[t, g] = vla.explore(h[t, g].float(), mask, generator)  # noqa: B023
                 if not torch.isfinite(action[t, g]).all():
-                    raise Refusal(f"the policy's action is NaN at iteration {counters['iteration']}: the last state is kept")
+                    raise Refusal(f"the policy's action is NaN at step {counters['env_steps']}: the last state is kept")
                 envs[k].step_async(action[t, g].clamp(-1, 1).cpu().numpy())
 
             for k in range(len(envs)):
@@ -230,16 +228,18 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
             counters["env_steps"] += int(valid.sum())
             success = float(np.mean(recent)) if recent else 0.0
             if len(recent) == recent.maxlen and success > counters["best"]:
-                counters["best"], best = success, copy.deepcopy(vla.head.state_dict())
+                counters["best"] = success
+                best.update({name: value.clone() for name, value in vla.head.state_dict().items()})
             # ----------------------------------------------------------------------
             # PPO on the stored latents
             t_rollout = time.time()
             torch.set_num_threads(args.threads)
             with torch.no_grad():
-                value = torch.stack([critic(row.float(), mask)[:, 0] for row in h])    # (T+1, N)
-            advantage = gae(reward, value, term, trunc, args.gamma, args.lam)          # (T, N)
-            target = advantage + value[:-1]                                            # (T, N)
-            rows = valid.flatten().nonzero()[:, 0]                                     # (B,) rows of the flattened (T*N)
+                rows = h.flatten(0, 1).split(4096)
+                value = torch.cat([critic(x.float(), mask)[:, 0] for x in rows]).view(T + 1, N)  # (T+1, N)
+            advantage = gae(reward, value, term, trunc, args.gamma, args.lam)  # (T, N)
+            target = advantage + value[:-1]  # (T, N)
+            rows = valid.flatten().nonzero()[:, 0]  # (B,) of T*N
             flat = {
                 "h": h[:-1].flatten(0, 1), "action": action.flatten(0, 1), "logp": logp.flatten(),
                 "advantage": advantage.flatten(), "target": target.flatten(),
@@ -250,7 +250,7 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
             stats, moved = [], False
             for _ in range(args.epochs):
                 for b in rows[torch.randperm(len(rows), generator=generator).to(device)].split(args.minibatch):
-                    x = flat["h"][b].float()                                           # (b, M, D)
+                    x = flat["h"][b].float()  # (b, M, D)
                     new_logp = log_prob(flat["action"][b], vla.mean(x, mask), vla.log_std)
                     policy, value_loss, kl, clipped = ppo_losses(
                         new_logp, flat["logp"][b], (flat["advantage"][b] - centre) / spread, critic(x, mask)[:, 0],
@@ -276,14 +276,15 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
             policy, value_loss, kl, clipped, norm = np.mean(stats, axis=0)
             explained = 1 - (target - value[:-1])[valid].var() / target[valid].var().clamp(min=1e-8)
             stage.log(
-                counters["env_steps"], success=success, std=vla.log_std.exp().mean().item(), kl=kl, clip_fraction=clipped,
-                policy_loss=policy, value_loss=value_loss, explained_variance=explained.item(), grad_norm=norm,
+                counters["env_steps"], success=success, std=vla.log_std.exp().mean().item(), kl=kl,
+                clip_fraction=clipped, policy_loss=policy, value_loss=value_loss, grad_norm=norm,
+                explained_variance=explained.item(),
                 best=counters["best"], steps_per_second=int(valid.sum()) / (time.time() - began),
                 updates_share=counters["updates_share"],
             )  # fmt: skip
             bar.update(counters["env_steps"] - bar.n)
             bar.set_postfix_str(f"success {success:.2f}, best {counters['best']:.2f}, kl {kl:.3f}")
-            yield best
+            yield
             if counters["best"] >= args.converged:
                 break
     finally:
@@ -300,7 +301,7 @@ def record_successes(args, domain, vla, folder, first):
     def act(h, mask, ids):
         """The mean as label, and executed with noise on all but the gripper, as the expert does (stage0_sft.py)."""
         label = vla.act(h, mask)
-        noise = np.stack([np.random.default_rng([seed, step]).normal(0, args.noise, label.shape[1]) for _, seed, step in ids])
+        noise = np.stack([np.random.default_rng(i[1:]).normal(0, args.noise, label.shape[1]) for i in ids])
         noise[:, -1] = 0
         return label + torch.as_tensor(noise, dtype=label.dtype, device=label.device), label
 

@@ -7,9 +7,9 @@ Starts from stage 1's checkpoint: its head phi has learned the new task, its VLM
 before. Expert data keeps the old tasks, D_rl of all tasks so far brings the new ones into the VLM.
 
 Where the paper is silent or this differs from it:
-1) Mixture: every expert task is drawn equally often, every RL task `--rl-weight` times as often as an expert task (the
-   paper writes the plain union).
-2) AdamW from new moments, short warm-up, cosine to zero, moving average, image shift, and the error's unit: as in stage 0.
+1) Mixture: every expert task is drawn equally often, every RL task `--rl-weight` times as often as an expert task
+   (the paper writes the plain union).
+2) AdamW from new moments, short warm-up, cosine to zero, moving average, augmentation, the error's unit: as in stage 0.
 3) `--freeze-vlm` trains phi alone: the paper's ablation iRe-VLA-freeze.
 4) The `tiny` VLM is trained whole here too (results/experiments.md compares that with LoRA: `--theta lora`).
 
@@ -30,7 +30,7 @@ from data import Episodes, attempts
 from evaluate import evaluate_stage
 from model import VLA, describe, freeze, load_domain
 from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
-from stage0_sft import random_shift, sft_loss
+from stage0_sft import augment, sft_loss
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Args:
 
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
-    decides = {k: v for k, v in asdict(args).items() if k not in ("parent", "data", "out", "device", "threads", "episodes")}
+    free = ("parent", "data", "out", "device", "threads", "episodes")  # what may change when the stage goes on
+    decides = {k: v for k, v in asdict(args).items() if k not in free}
     stage = Stage(out, decides, args.parent)
     device = pick_device(args.device)
     if stage.done:
@@ -102,12 +103,12 @@ def story(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, instructions, action = data.batch(rng, args.batch)
-        loss = sft_loss(vla, random_shift(images, args.shift, rng), instructions, torch.from_numpy(action).to(device))
+        loss = sft_loss(vla, augment(images, args.shift, rng), instructions, torch.from_numpy(action).to(device))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not torch.isfinite(norm):
-            raise Refusal(f"stage 2's loss is {loss.item()} at step {step}: give a smaller --lr; the last state is kept")
+            raise Refusal(f"the loss is {loss.item()} at step {step}: give a smaller --lr; the last state is kept")
         optimizer.step()
         average.update_parameters(torch.nn.ParameterList(trained))
         step += 1

@@ -19,12 +19,3 @@ import sys
 
 if sys.platform.startswith("linux"):  # MuJoCo picks its OpenGL back end when it is first imported
     os.environ.setdefault("MUJOCO_GL", "egl")
-
-NO_OPENGL = (
-    f"MuJoCo could not make an OpenGL context (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}). On Debian and Ubuntu: "
-    "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL=osmesa and install libosmesa6."
-)
-try:
-    import mujoco.gl_context  # noqa: F401
-except Exception as error:  # ImportError, AttributeError, EGLError: each back end fails in its own way
-    raise RuntimeError(f"{NO_OPENGL} ({error})") from error

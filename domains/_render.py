@@ -7,15 +7,24 @@ elsewhere, may be replaced.
 """
 
 import functools
+import os
 import weakref
 from pathlib import Path
 
-import mujoco
-import mujoco.gl_context
 import numpy as np
 from scipy.spatial import ConvexHull
 
-from domains import NO_OPENGL
+from run import Refusal
+
+NO_OPENGL = (
+    f"MuJoCo could not make an OpenGL context (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}): on Debian and Ubuntu, "
+    "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL=osmesa and install libosmesa6"
+)
+try:
+    import mujoco
+    import mujoco.gl_context
+except Exception as error:  # noqa: BLE001  ImportError, AttributeError, EGLError: each back end fails in its own way
+    raise Refusal(f"{NO_OPENGL} ({error})") from error
 
 BUFFER = 480  # px; the off-screen buffer, hence the largest picture. A larger buffer does not slow small pictures
 STL_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
@@ -56,7 +65,7 @@ class Picture:
     """Draws a model from one camera. Holds one GL context until `close()`."""
 
     def __init__(self, model, view):
-        """Raises RuntimeError when no GL context can be made."""
+        """Raises Refusal when no GL context can be made."""
         model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = BUFFER
         self.model, self.view, self.option = model, view, mujoco.MjvOption()
@@ -69,8 +78,8 @@ class Picture:
             self.gl.make_current()
             self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-        except Exception as error:  # each back end fails in its own way
-            raise RuntimeError(f"{NO_OPENGL} ({error})") from error
+        except Exception as error:  # noqa: BLE001  each back end fails in its own way
+            raise Refusal(f"{NO_OPENGL} ({error})") from error
         self.close = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten, and at exit
 
     def draw(self, data, size):

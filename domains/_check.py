@@ -1,6 +1,6 @@
 """Checks a domain: the experts' success in every task, and what the policy sees first.
 
-    python -m domains.check metaworld
+    python -m domains._check metaworld
 
 Writes results/<domain>/experts.md and results/<domain>/contact_sheet.png.
 """
@@ -59,7 +59,7 @@ def main():
             print(f"{time.time() - start:5.0f} s  {rows[-1]}", flush=True)
 
     command = (
-        f"python -m domains.check {args.domain} --episodes {args.episodes} --noise {args.noise} --seed {args.seed}"
+        f"python -m domains._check {args.domain} --episodes {args.episodes} --noise {args.noise} --seed {args.seed}"
     )
     head = [
         "task",

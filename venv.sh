@@ -1,0 +1,10 @@
+# Sourced by loop.sh and test.sh: sets PYTHON to an interpreter that has requirements.txt, making .venv on first use.
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=.venv/bin/python
+  if ! cmp -s requirements.txt .venv/installed.txt; then
+    echo "installing requirements.txt into .venv (once, about a minute)"
+    python3 -m venv .venv
+    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/installed.txt # last, so that an interrupted installation is made again
+  fi
+fi
