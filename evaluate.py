@@ -23,7 +23,7 @@ from data import EVAL_SEED
 from model import VLA, load_domain
 from run import Refusal, main, pick_device, read_json, versions, write_json
 
-gym.logger.min_level = gym.logger.ERROR  # not: a warning that simulators are stopped while they step
+gym.logger.min_level = gym.logger.DISABLED  # what goes wrong in a simulator's process is raised here; that is enough
 
 
 @dataclass
@@ -59,6 +59,15 @@ def check_task(task, domain):
     """Raises Refusal for a task that the domain does not have, naming those it has."""
     if task not in all_tasks(domain):
         raise Refusal(f"unknown task {task!r}: known are {', '.join(all_tasks(domain))}")
+
+
+def simulators(fns, vla, autoreset):
+    """Environments in a process each. Raises Refusal when the policy's actions do not fit them."""
+    vector = AsyncVectorEnv(fns, context="forkserver", autoreset_mode=autoreset, copy=False)
+    if (have := vla.config["action_dim"]) != (want := vector.single_action_space.shape[0]):
+        vector.close(terminate=True)
+        raise Refusal(f"the checkpoint's actions have {have} dimensions, the domain's {want}: give one of this domain")
+    return vector
 
 
 class Player(gym.Env):
@@ -137,7 +146,7 @@ def play(vla, domain, programme, envs, act, keep_images=False):
     try:
         for group in groups:
             fns = [lambda w=int(w): Player(name, first, size, w) for w in group]
-            vectors.append(AsyncVectorEnv(fns, context="forkserver", autoreset_mode=AutoresetMode.DISABLED, copy=False))
+            vectors.append(simulators(fns, vla, AutoresetMode.DISABLED))
         for v, group in zip(vectors, groups):
             for w in group:
                 assign(w)

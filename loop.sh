@@ -18,6 +18,7 @@ if [ $# -ne 2 ] || ! [[ $2 =~ ^[0-9]+$ ]]; then
   exit 2
 fi
 DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-}
+export AGAIN="bash loop.sh $DOMAIN $ROUNDS" # what a stopped stage tells the user to give again
 OUT=runs/${RUN:-$DOMAIN-seed$SEED${SMOKE:+-smoke}}
 
 source venv.sh

@@ -280,9 +280,11 @@ class VLA(nn.Module):
             vla.vlm = PeftModel.from_pretrained(vla.vlm, folder, is_trainable=True)
         elif config["weights"] != "vlm":
             raise Refusal(f"{folder}/adapter_config.json is missing, so it is no whole checkpoint: use another")
-        missing = {n for n, _ in vla.named_parameters() if not n.startswith("vlm.")} - set(heads)
-        if missing:
-            raise Refusal(f"{folder}/heads.safetensors lacks {min(missing)}: it is of another version; train again")
+        expected = {n for n in vla.state_dict() if not n.startswith("vlm.")}
+        if differ := expected ^ set(heads):
+            raise Refusal(
+                f"{folder}/heads.safetensors has other tensors than this version ({min(differ)}): train again"
+            )
         vla.load_state_dict(heads, strict=False)
         return vla.to(device)
 

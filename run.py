@@ -12,7 +12,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -38,7 +37,8 @@ def versions():
 
 def main(story, args):
     """Run `story(args)`; a Refusal or Ctrl-C ends it with one sentence and a non-zero exit, never a traceback."""
-    again = f"The same command goes on from the last saved state: {Path(sys.executable).name} {' '.join(sys.argv)}"
+    command = os.environ.get("AGAIN") or f"python {' '.join(sys.argv)}"  # loop.sh names itself
+    again = f"The same command goes on from the last saved state: {command}"
     try:
         story(args)
     except Refusal as refusal:
@@ -58,19 +58,17 @@ def main(story, args):
 
 @contextlib.contextmanager
 def whole(path):
-    """Write a file or folder beside its place, flush it, rename it: `with whole(path) as tmp: write(tmp)`.
+    """Write a file beside its place, flush it, rename it: `with whole(path) as tmp: write(tmp)`.
 
     Raises Refusal when the disk is full; then the temporary file is removed and what stood at `path` still stands.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.tmp")
     try:
         yield tmp
-        for file in [tmp] if tmp.is_file() else tmp.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
         flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
@@ -78,7 +76,7 @@ def whole(path):
             raise Refusal(f"no space left while writing {path}: free some and give the same command again") from error
         raise
     finally:
-        shutil.rmtree(tmp, ignore_errors=True) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
 def flush_folder(folder):
@@ -191,14 +189,14 @@ class Stage:
                 self.writer.add_scalar(name, value, step)
 
     def finish(self, **summary):
-        """Write summary.json, drop the state, and give the folder its final name."""
+        """Write summary.json, give the folder its final name, and drop the state."""
         if self.writer is not None:
             self.writer.close()
         write_json(self.folder / "summary.json", {"seconds": round(self.elapsed(), 1), **summary})
-        (self.folder / "state.safetensors").unlink(missing_ok=True)
         flush_folder(self.folder)
         os.replace(self.folder, self.out)
         flush_folder(self.out.parent)
+        (self.out / "state.safetensors").unlink(missing_ok=True)
 
 
 def optimizer_tensors(optimizer):

@@ -21,6 +21,7 @@ python stage0_sft.py --domain metaworld --out runs/metaworld-seed0/0-sft        
 import math
 import multiprocessing as mp
 import os
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,6 +63,11 @@ class Args:
 # D_e
 
 
+def ignore_interrupt():
+    """Ctrl-C is for the main process; the workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def record(job):
     """One expert episode in a worker process: attempt k of a task. Writes it if it succeeds; returns the task."""
     domain_name, task, image_size, noise, folder, k = job
@@ -100,7 +106,7 @@ def collect(args, domain, root):
     if all(n >= args.demos for n in have.values()):
         return
     bar = tqdm(desc="D_e: expert episodes", total=args.demos * len(tried), initial=sum(have.values()), smoothing=0.05)
-    with mp.get_context("forkserver").Pool(args.threads) as pool:
+    with mp.get_context("forkserver").Pool(args.threads, ignore_interrupt) as pool:
         while lacking := [task for task in tried if have[task] < args.demos]:
             jobs = []
             for task in lacking:

@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from data import ONLINE_SEED, RL_SEED, attempts, write_episode
-from evaluate import check_task, evaluate_stage, play
+from evaluate import check_task, evaluate_stage, play, simulators
 from model import VLA, Head, describe, freeze, load_domain, log_prob
 from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
 
@@ -171,10 +171,7 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
     fns = [lambda: load_domain(name).make(args.task, size)] * args.envs
     # NEXT_STEP: an episode's last picture has a row of its own, and the decision made there is not executed but resets.
     # So row t+1 always holds what decision t led to, and no picture has to be kept or encoded beside the rows.
-    envs = [
-        AsyncVectorEnv(fns[: len(g)], context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP, copy=False)
-        for g in groups
-    ]
+    envs = [simulators(fns[: len(g)], vla, AutoresetMode.NEXT_STEP) for g in groups]
     T, N, A = args.rollout, args.envs, vla.config["action_dim"]
 
     @torch.no_grad()

@@ -1,0 +1,85 @@
+"""What keeping the latents is worth: PPO's update on stored h beside one that encodes the pictures again.
+
+Both sides do the same minibatches of head and critic on the same pictures of an expert task; "theirs" encodes a
+minibatch's pictures each time it is visited, as PPO through the VLM has to. They take turns; medians. Writes
+results/benchmarks/latents.json.
+
+python benchmarks/latents.py --checkpoint runs/metaworld-seed0/0-sft
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from data import Episodes  # noqa: E402
+from model import VLA, Head, load_domain, log_prob  # noqa: E402
+from run import write_json  # noqa: E402
+from stage_rl import ppo_losses  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint folder")
+    parser.add_argument("--data", default="runs/D_e", help="where the expert episodes are")
+    parser.add_argument("--decisions", type=int, default=2048, help="decisions of a rollout")
+    parser.add_argument("--minibatch", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="updates timed on each side")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    vla = VLA.load(args.checkpoint)
+    domain = load_domain(vla.config["domain"])
+    task = domain.EXPERT_TASKS[0]
+    data = Episodes({Path(args.data) / vla.config["domain"] / task: 1.0}, domain, vla.config["image_size"])
+    images, sentences, _ = data.batch(np.random.default_rng(0), args.decisions)
+    critic = Head(vla.head.mlp[0].in_features, 1)
+    optimizer = torch.optim.Adam([*vla.phi(), vla.log_std, *critic.parameters()], lr=1e-5)
+
+    @torch.no_grad()
+    def encode(b):
+        h, mask = vla.encode(images[b], [sentences[0]] * len(b))
+        return h.to(torch.bfloat16), mask[:1]
+
+    h, mask = (torch.cat(x) for x in zip(*[encode(b) for b in np.arange(args.decisions).reshape(-1, 64)]))
+    mask = mask[:1]
+    advantage, target = torch.randn(args.decisions), torch.randn(args.decisions)
+    with torch.no_grad():
+        action, logp = vla.explore(h.float(), mask, torch.Generator().manual_seed(0))
+
+    def update(latents):
+        began = time.perf_counter()
+        for _ in range(args.epochs):
+            for b in np.random.default_rng(0).permutation(args.decisions).reshape(-1, args.minibatch):
+                x = latents(b).float()
+                new_logp = log_prob(action[b], vla.mean(x, mask), vla.log_std)
+                value = critic(x, mask)[:, 0]
+                policy, value_loss, _, _ = ppo_losses(new_logp, logp[b], advantage[b], value, target[b], 0.2)
+                optimizer.zero_grad()
+                (policy + value_loss).backward()
+                optimizer.step()
+        return time.perf_counter() - began
+
+    sides = {"ours": lambda b: h[b], "theirs": lambda b: encode(b)[0]}
+    seconds = {side: [] for side in sides}
+    for _ in range(args.rounds + 1):
+        for side, latents in sides.items():
+            seconds[side].append(update(latents))
+    row = {side: round(float(np.median(times[1:])), 3) for side, times in seconds.items()}
+    row["ratio"] = round(row["theirs"] / row["ours"], 1)
+    print(f"seconds an update of {args.epochs} epochs over {args.decisions} decisions: {row}")
+    write_json(
+        ROOT / "results/benchmarks/latents.json", {"PPO update, stored latents beside encoding again, seconds": row}
+    )
+
+
+if __name__ == "__main__":
+    main()
