@@ -373,8 +373,9 @@ def load_domain(name):
     known = sorted(p.stem for p in (Path(__file__).parent / "domains").glob("[a-z]*.py"))
     if name not in known:
         raise Refusal(f"unknown domain {name!r}: known are {', '.join(known)}; a new one is a file in domains/")
-    # Simulators run in processes that are forked from a server; what it has imported, they need not.
-    multiprocessing.set_forkserver_preload(["__main__", f"domains.{name}"])
+    # Simulators run in processes that are forked from a server: what that has imported, they need not. (Its default,
+    # "__main__", does nothing in Python 3.11: each process would import torch, 3 s and 300 MB.)
+    multiprocessing.set_forkserver_preload(["evaluate", f"domains.{name}"])
     return importlib.import_module(f"domains.{name}")
 
 
