@@ -103,6 +103,9 @@ class Episodes:
                 action = handle.get_tensor("action")
                 if not np.isfinite(action).all():
                     raise Refusal(f"{path} holds actions that are not finite: delete it and collect again")
+                if self.actions and action.shape[1] != (A := self.actions[0].shape[1]):
+                    raise Refusal(f"{path} holds actions of {action.shape[1]} dimensions, the ones before it of {A}: "
+                                  f"delete it and collect again")  # fmt: skip
                 self.frame += range(T)
                 self.episode += [len(self.images)] * T
                 self.images.append(frames)

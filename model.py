@@ -159,7 +159,8 @@ class VLA(nn.Module):
         x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W) uint8
         size = self.blip.config.vision_config.image_size
         if x.shape[-2:] != (size, size):
-            x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
+            for shape in ((x.shape[-2], size), (size, size)):  # first the width, then the height, rounded, as PIL does
+                x = F.interpolate(x.float(), shape, mode="bicubic", antialias=True).round().clamp(0, 255)
         scale = 1 / (255 * self.image_std)
         return torch.addcmul(-self.image_mean / self.image_std, x.float(), scale)  # (B, 3, S, S)
 
@@ -291,7 +292,7 @@ class VLA(nn.Module):
 
 def log_prob(action, mean, log_std):
     """log N(action; mean, exp(log_std)), summed over the action's dimensions: (B, A), (B, A), (A,) -> (B,)."""
-    return torch.distributions.Normal(mean, log_std.exp()).log_prob(action).sum(-1)
+    return torch.distributions.Normal(mean, log_std.exp(), validate_args=False).log_prob(action).sum(-1)
 
 
 def freeze(parameters, frozen=True):
@@ -310,10 +311,8 @@ def load_vlm(folder, config, train_whole):
     # A frozen VLM needs no float32 weights; one that is trained whole does, or small steps would round to nothing.
     dtype = torch.float32 if train_whole or own else getattr(torch, config["dtype"])
     if own:
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
-            if not (source / name).exists():
-                raise Refusal(f"{source / name} is missing, so {folder} is no whole checkpoint: use another")
-        read_json(source / "config.json")
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+            read_json(source / name)
         read_tensors(source / "model.safetensors")
     try:
         vlm = Blip2ForConditionalGeneration.from_pretrained(source, dtype=dtype, use_safetensors=True)

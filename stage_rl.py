@@ -260,8 +260,8 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
                     norm = torch.nn.utils.clip_grad_norm_(actor, 0.5)
                     torch.nn.utils.clip_grad_norm_(critic.parameters(), 0.5)
                     if not torch.isfinite(loss):
-                        raise Refusal(f"PPO's loss is NaN at iteration {counters['iteration']}: give a smaller --lr; "
-                                      f"the last state is kept")  # fmt: skip
+                        raise Refusal(f"PPO's loss is NaN at step {counters['env_steps']}: delete {stage.folder} and "
+                                      f"give a smaller --lr")  # fmt: skip
                     optimizer.step()
                     stats.append((policy.item(), value_loss.item(), kl.item(), clipped.item(), float(norm)))
             torch.set_num_threads(1)

@@ -108,13 +108,13 @@ def story(args):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not torch.isfinite(norm):
-            raise Refusal(f"the loss is {loss.item()} at step {step}: give a smaller --lr; the last state is kept")
+            raise Refusal(f"the loss is {loss.item()} at step {step}: delete {stage.folder} and give a smaller --lr")
         optimizer.step()
         average.update_parameters(torch.nn.ParameterList(trained))
         step += 1
         # ----------------------------------------------------------------------
         losses.append(loss.item())
-        if step % 50 == 0:
+        if step % 50 == 0 or step == args.steps:
             stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
             bar.set_postfix(loss=f"{np.mean(losses):.3f}")
             losses = []

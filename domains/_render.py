@@ -25,6 +25,7 @@ try:
     import mujoco.gl_context
 except Exception as error:  # noqa: BLE001  ImportError, AttributeError, EGLError: each back end fails in its own way
     raise Refusal(f"{NO_OPENGL} ({error})") from error
+mujoco.gl_context.GLContext._context = None  # else a context that could not be made complains again when it is deleted
 
 BUFFER = 480  # px; the off-screen buffer, hence the largest picture. A larger buffer does not slow small pictures
 STL_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])

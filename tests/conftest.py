@@ -1,0 +1,161 @@
+"""What the tests share: a copy of the project to run things in, a toy domain with known optimum, small checkpoints."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+TOY = '''
+"""A bead on a line, shown as brightness: push it to the middle. Solved in at most 4 of 8 decisions by the optimum."""
+import gymnasium as gym
+import numpy as np
+
+INSTRUCTIONS = {colour: f"push the {colour} bead" for colour in ("red", "green", "blue")} | {"grey": "push"}
+EXPERT_TASKS, RL_TASKS, UNSEEN_TASKS = ["red", "green"], ["blue"], ["grey"]
+CHANNELS = {"red": [0], "green": [1], "blue": [2], "grey": [0, 1, 2]}
+PROTOCOL = {"horizon": 8}
+
+
+class Toy(gym.Env):
+    def __init__(self, task, image_size):
+        self.task, self.size = task, image_size
+        self.observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def picture(self):
+        image = np.zeros((self.size, self.size, 3), np.uint8)
+        image[..., CHANNELS[self.task]] = round(128 + 100 * np.clip(self.x, -1.2, 1.2))
+        return image
+
+    render = picture
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.uniform(0.2, 1) * self.np_random.choice([-1, 1]), 0
+        return self.picture(), {}
+
+    def step(self, action):
+        self.x, self.t = self.x + 0.3 * float(action[0]), self.t + 1
+        success = abs(self.x) < 0.15
+        return self.picture(), float(success), success, self.t >= 8, {}
+
+
+def make(task, image_size=64):
+    return Toy(task, image_size)
+
+
+def expert(env):
+    return np.array([np.clip(-env.unwrapped.x / 0.3, -1, 1), 0], np.float32)
+'''
+
+
+class Project:
+    """A copy of the project's files in `folder`, with the domain `toy` beside its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]:
+            shutil.copy(name, folder)
+        shutil.copytree(ROOT / "domains", folder / "domains", ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "domains/toy.py").write_text(TOY)
+
+    def start(self, *command, **env):
+        """A command as a process group of its own, as a terminal starts it; Python commands by this interpreter."""
+        command = [sys.executable if part == "python" else str(part) for part in command]
+        # PASSIVE: threads that spin while they wait crawl where other work has one of the cores
+        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", **env}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=self.folder, env=env, start_new_session=True, **pipes)
+
+    def run(self, *command, timeout=900, **env):
+        """Runs a command to its end: (exit code, stdout, stderr)."""
+        process = self.start(*command, **env)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            if process.poll() is None:
+                kill(process, signal.SIGKILL)
+        return process.returncode, out, err
+
+    def must(self, *command, **env):
+        """Runs a command that has to succeed: its stdout."""
+        code, out, err = self.run(*command, **env)
+        assert code == 0, f"{command} ended with {code}:\n{out[-3000:]}\n{err[-3000:]}"
+        return out
+
+
+def kill(process, number):
+    """Sends a signal to all of a process group, as a terminal does."""
+    os.killpg(process.pid, number)
+    return process
+
+
+def files(folder):
+    """Every file under `folder`, by its relative path, with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def refused(story, *args):
+    """The one sentence with which a command ends for `story(*args)`; fails unless it ends so."""
+    import run
+
+    with pytest.raises(SystemExit) as end:
+        run.main(lambda _: story(*args), None)
+    sentence = end.value.code  # a string: Python prints it to stderr and exits with 1
+    assert isinstance(sentence, str) and sentence.startswith("error: ") and "\n" not in sentence, sentence
+    return sentence
+
+
+def make_vla(folder, vlm="tiny", **changes):
+    """A new small float32 VLA, without a stage around it."""
+    from model import VLA
+
+    settings = dict(
+        instructions=["push the red bead", "push the green bead", "push the blue bead", "push"],
+        action_dim=2, domain="toy", image_size=32, lora_rank=4, lora_targets="all", dtype="float32",
+    )  # fmt: skip
+    return VLA.create(vlm, folder=folder, **{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def toy(project):
+    """The toy domain's module, for this process."""
+    spec = importlib.util.spec_from_file_location("domains.toy", project.folder / "domains/toy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def checkpoint(project):
+    """An untrained checkpoint of the toy domain: runs/start, to be copied before it is changed."""
+    torch.manual_seed(0)
+    folder = project.folder / "runs/start"
+    make_vla(folder).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """A small BLIP-2 folder in HF's layout, such as a user gives as --vlm: LoRA adapts it."""
+    from model import build_tiny
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("backbone")
+    build_tiny(folder, ["push the red bead", "push the green bead", "push the blue bead", "push"], image_size=32)
+    return str(folder)

@@ -1,0 +1,146 @@
+"""Episode files are whole or refused, and every task is drawn equally often."""
+
+import errno
+import os
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import files, refused
+from safetensors.numpy import save_file
+
+import data
+from data import Episodes, attempts, open_episode, write_episode
+
+
+@pytest.fixture
+def write(toy):
+    """Writes an episode of the toy domain: write(path, T)."""
+
+    def write(path, T=5, size=8, seed=0, **changes):
+        rng = np.random.default_rng(seed)
+        image, action = rng.integers(0, 256, (T, size, size, 3), np.uint8), rng.uniform(-1, 1, (T, 2)).astype("f4")
+        about = dict(domain="toy", task="red", instruction="push", source="expert", seed=7, protocol=toy.PROTOCOL)
+        write_episode(path, image, action, np.eye(T, dtype="f4")[-1], **{**about, **changes})
+        return image, action
+
+    return write
+
+
+def read(path, toy, size=8):
+    """What the SFT stages draw from the folder of an episode."""
+    return Episodes({path.parent: 1.0}, toy, size)
+
+
+def test_episode_round_trip(write, toy, tmp_path):
+    """What is written is read again, frame by frame, with its label, its sentence and what made it."""
+    path = tmp_path / "000003.safetensors"
+    image, action = write(path)
+    handle, header = open_episode(path)
+    assert np.array_equal(handle.get_tensor("image"), image) and np.array_equal(handle.get_tensor("action"), action)
+    assert handle.get_tensor("reward").tolist() == [0, 0, 0, 0, 1]
+    assert (header["task"], header["source"], header["success"], header["seed"]) == ("red", "expert", "1", "7")
+    assert attempts(tmp_path) == [3]
+    frames, sentences, labels = read(path, toy).batch(np.random.default_rng(0), 64)
+    which = [np.flatnonzero((image == frame).all((1, 2, 3)))[0] for frame in frames]
+    assert set(which) == set(range(5)) and np.array_equal(labels, action[which]) and set(sentences) == {"push"}
+
+
+def damage(path, how, write):
+    if how == "cut short":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif how == "cut in its header":
+        path.write_bytes(path.read_bytes()[:100])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "foreign":
+        save_file({"x": np.zeros(3, "f4")}, path)
+    elif how == "foreign with our names":
+        save_file({"image": np.zeros((2, 8, 8, 3), np.uint8), "action": np.zeros((2, 2)), "reward": np.zeros(2)}, path)
+    elif how == "lacks a tensor":
+        save_file({"image": np.zeros((2, 8, 8, 3), np.uint8)}, path, open_episode(path)[1])
+    elif how == "ragged":
+        tensors = {"image": np.zeros((2, 8, 8, 3), np.uint8), "action": np.zeros((3, 2)), "reward": np.zeros(2)}
+        save_file(tensors, path, open_episode(path)[1])
+    elif how == "other protocol":
+        write(path, protocol={"horizon": 9})
+    elif how == "other domain":
+        write(path, domain="metaworld")
+    elif how == "other image size":
+        write(path, size=10)
+    elif how == "other action size":
+        _, header = open_episode(path)
+        tensors = {"image": np.zeros((2, 8, 8, 3), np.uint8), "action": np.zeros((2, 3), "f4")}
+        save_file(tensors | {"reward": np.zeros(2, "f4")}, path, header)
+    elif how == "NaN":
+        handle, header = open_episode(path)
+        action = handle.get_tensor("action")
+        action[2] = np.nan
+        tensors = {k: handle.get_tensor(k) for k in ("image", "reward")}
+        save_file({**tensors, "action": action}, path.with_name("new"), header)
+        path.with_name("new").rename(path)
+
+
+KINDS = ["cut short", "cut in its header", "empty", "foreign", "foreign with our names", "lacks a tensor", "ragged"]
+KINDS += ["other protocol", "other domain", "other image size", "other action size", "NaN"]
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_bad_episode_is_refused_by_name(how, write, toy, tmp_path):
+    """A damaged or foreign file among good ones ends a stage with one sentence that names the file."""
+    for k in range(3):
+        write(tmp_path / f"{k:06d}.safetensors", seed=k)
+    damage(tmp_path / "000001.safetensors", how, write)
+    assert "000001.safetensors" in refused(read, tmp_path / "000001.safetensors", toy)
+
+
+@pytest.mark.parametrize("bad", ["action", "range", "image", "length"])
+def test_no_bad_episode_is_written(bad, write, toy, tmp_path):
+    """A recorder that hands over NaN, actions out of range or other shapes writes nothing."""
+    image, action, reward = np.zeros((3, 8, 8, 3), np.uint8), np.zeros((3, 2), "f4"), np.zeros(3, "f4")
+    if bad in ("action", "range"):
+        action[1] = np.nan if bad == "action" else 1.5
+    image, reward = (image[..., :2] if bad == "image" else image), (reward[:2] if bad == "length" else reward)
+    about = dict(domain="toy", task="red", instruction="push", source="expert", seed=7, protocol=toy.PROTOCOL)
+    with pytest.raises(ValueError):
+        write_episode(tmp_path / "000000.safetensors", image, action, reward, **about)
+    assert not files(tmp_path)
+
+
+def test_full_disk_keeps_the_old_file(write, tmp_path, monkeypatch):
+    """No space left in the middle of writing: one sentence, the old file intact, nothing half-written left."""
+    path = tmp_path / "000000.safetensors"
+    write(path)
+    before = files(tmp_path)
+
+    def full(tensors, tmp, header):
+        tmp.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(data, "save_file", full)
+    assert "no space left" in refused(write, path, 9) and str(path) in refused(write, path, 9)
+    assert files(tmp_path) == before
+
+
+def test_really_full_disk(write, tmp_path):
+    """The same on a file system that is really full (where this user may make one)."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("may not mount a small file system")
+    try:
+        write(tmp_path / "000000.safetensors")
+        before = files(tmp_path)
+        assert "no space left" in refused(write, tmp_path / "000000.safetensors", 2000)
+        assert files(tmp_path) == before
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_tasks_are_drawn_equally_often(write, toy, tmp_path):
+    """A task of long episodes counts no more than one of short ones, and a weight counts as it says."""
+    for task, T, n in (("short", 2, 1), ("long", 50, 3), ("heavy", 10, 2)):
+        for k in range(n):
+            write(tmp_path / task / f"{k:06d}.safetensors", T, instruction=task)
+    episodes = Episodes({tmp_path / "short": 1.0, tmp_path / "long": 1.0, tmp_path / "heavy": 2.0}, toy, 8)
+    _, sentences, _ = episodes.batch(np.random.default_rng(0), 40_000)
+    share = {task: sentences.count(task) / 40_000 for task in ("short", "long", "heavy")}
+    assert share == pytest.approx({"short": 0.25, "long": 0.25, "heavy": 0.5}, abs=0.015)

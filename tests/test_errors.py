@@ -1,0 +1,136 @@
+"""Bad input ends a command with one sentence that names it, a non-zero exit code, and nothing lost."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import files, make_vla, refused
+from safetensors.torch import load_file, save_file
+
+from model import VLA, load_domain
+
+NEEDED = {
+    "whole": [
+        "config.json", "heads.safetensors", "vlm/config.json", "vlm/model.safetensors", "vlm/tokenizer.json",
+        "vlm/tokenizer_config.json", "vlm/preprocessor_config.json",
+    ],
+    "lora": ["config.json", "heads.safetensors", "adapter_config.json", "adapter_model.safetensors"],
+}  # fmt: skip
+
+
+def one_sentence(result):
+    """The sentence on stderr of a command that was refused, without a traceback."""
+    code, out, err = result
+    assert code not in (0, None) and "Traceback" not in out + err, err
+    said = re.findall(r"error: .+", err)  # it may stand behind a progress bar
+    assert len(said) == 1, err
+    return said[0]
+
+
+@pytest.fixture(scope="module", params=["whole", "lora"])
+def whole(request, tmp_path_factory, backbone):
+    """A checkpoint of each kind, what it holds, and the action that it gives: (kind, folder, action)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    make_vla(folder, "tiny" if request.param == "whole" else backbone).save(folder)
+    return request.param, folder, act(folder)
+
+
+def act(folder):
+    with torch.no_grad():
+        return VLA.load(folder).act(*VLA.load(folder).encode(np.full((1, 32, 32, 3), 200, np.uint8), ["push"]))
+
+
+def test_checkpoint_without_one_of_its_files(whole, tmp_path):
+    """Each file in turn: missing, or cut short, it is named, or else the checkpoint acts as before without it."""
+    kind, folder, action = whole
+    assert set(NEEDED[kind]) <= set(files(folder))
+    for name in files(folder):
+        for how in ("missing", "cut"):
+            broken = tmp_path / f"{how}-{name.replace('/', '-')}"
+            shutil.copytree(folder, broken)
+            if how == "missing":
+                (broken / name).unlink()
+            else:
+                (broken / name).write_bytes((broken / name).read_bytes()[:-9])
+            if name in NEEDED[kind]:
+                assert name in refused(VLA.load, broken), (name, how)
+            elif how == "missing":
+                assert torch.equal(act(broken), action), name
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    """A path that does not exist, and a folder that is something else, are named."""
+    assert "nowhere" in refused(VLA.load, tmp_path / "nowhere")
+    assert "config.json" in refused(VLA.load, tmp_path)
+
+
+def test_checkpoint_of_another_domain(checkpoint):
+    """A checkpoint is not used on tasks of another domain; both are named."""
+    said = refused(VLA.load, checkpoint, "metaworld")
+    assert "metaworld" in said and "toy" in said
+
+
+def test_checkpoint_of_another_action_size(project, checkpoint, tmp_path):
+    """Other action dimensions than its own config says, or than the domain's environments have, are refused."""
+    shutil.copytree(checkpoint, tmp_path / "mixed")
+    config = json.loads((tmp_path / "mixed/config.json").read_text())
+    (tmp_path / "mixed/config.json").write_text(json.dumps({**config, "action_dim": 7}))
+    assert "7" in (said := refused(VLA.load, tmp_path / "mixed")) and "2" in said
+    make_vla(tmp_path / "seven", action_dim=7).save(tmp_path / "seven")
+    said = one_sentence(project.run("python", "evaluate.py", "--checkpoint", tmp_path / "seven", "--envs", "1"))
+    assert "7" in said and "2" in said
+
+
+def test_vlm_that_is_none(tmp_path):
+    """--vlm naming nothing, or a folder that is no BLIP-2, is refused by its name."""
+    (tmp_path / "config.json").write_text("{}")
+    assert str(tmp_path) in refused(lambda: make_vla(tmp_path / "x", str(tmp_path)))
+
+
+def test_unknown_names_on_the_command_line(project, checkpoint):
+    """Unknown domain, task, device: from a terminal too there is one sentence with the known ones, and code 1."""
+    stage = ["python", "stage_rl.py", "--parent", checkpoint, "--out", "runs/unknown", "--domain"]
+    said = one_sentence(project.run(*stage, "metawrld", "--task", "blue"))
+    assert "metawrld" in said and "metaworld" in said
+    said = one_sentence(project.run(*stage, "toy", "--task", "purple"))
+    assert "purple" in said and "blue" in said
+    said = one_sentence(project.run("python", "evaluate.py", "--checkpoint", checkpoint, "--device", "cuda:77"))
+    assert "cuda:77" in said
+    assert not list((project.folder / "runs").glob("*unknown*"))
+
+
+def test_loop_of_an_unknown_domain(project):
+    """`bash loop.sh` stops at once, and makes nothing."""
+    assert "metaworld" in one_sentence(project.run("bash", "loop.sh", "metawrld", "1"))
+    assert not list(project.folder.glob("runs/metawrld*"))
+    code, out, _ = project.run("bash", "loop.sh")
+    assert code == 2 and "bash loop.sh metaworld 4" in out
+
+
+@pytest.mark.parametrize("gl", ["egl", "osmesa", "nonsense"])
+def test_no_opengl_names_the_packages(gl, project, tmp_path):
+    """Where MuJoCo cannot draw, collecting and evaluating name the packages that are missing."""
+    load_domain("metaworld")
+    make_vla(tmp_path / "ckpt", action_dim=4, domain="metaworld").save(tmp_path / "ckpt")
+    env = {"MUJOCO_GL": gl, "__EGL_VENDOR_LIBRARY_FILENAMES": os.devnull, "PYOPENGL_PLATFORM": ""}
+    env = {**env, "LD_LIBRARY_PATH": ""}
+    collect = ["python", "stage0_sft.py", "--data", tmp_path / "D_e", "--out", tmp_path / "0-sft", "--threads", "1"]
+    evaluate = ["python", "evaluate.py", "--checkpoint", tmp_path / "ckpt", "--episodes", "1", "--envs", "2"]
+    if gl == "osmesa" and shutil.which("ldconfig") and "libOSMesa" in os.popen("ldconfig -p").read():
+        pytest.skip("OSMesa is installed")
+    for command in (collect, evaluate):
+        assert "apt-get install" in one_sentence(project.run(*command, timeout=120, **env))
+
+
+def test_nan_weights(project, checkpoint, tmp_path):
+    """A checkpoint with NaN in it is not evaluated and not trained further."""
+    shutil.copytree(checkpoint, tmp_path / "nan")
+    heads = load_file(checkpoint / "heads.safetensors")
+    save_file({**heads, "head.mlp.0.bias": heads["head.mlp.0.bias"] * np.nan}, tmp_path / "nan/heads.safetensors")
+    said = one_sentence(project.run("python", "evaluate.py", "--checkpoint", tmp_path / "nan", "--envs", "2"))
+    assert "NaN" in said
+    assert not (tmp_path / "nan/eval.json").exists()

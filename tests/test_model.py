@@ -1,0 +1,149 @@
+"""The VLA equals what its parts are said to be, and a checkpoint is all of it."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vla
+from peft import PeftModel
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast, T5Config
+
+from model import VLA, TokenLearner
+
+SENTENCES = ["push the red bead", "push", "push the red bead", "push the blue"]
+
+
+def pictures(size, n=4):
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+
+
+def randomise(parameters):
+    """New LoRA weights change nothing: give them values that do."""
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def hf_inputs(vla, images):
+    """What HF's own BLIP-2 processor makes of the images and SENTENCES."""
+    words = PreTrainedTokenizerFast(tokenizer_object=vla.tokenizer.backend_tokenizer, pad_token="<pad>")
+    processor = Blip2Processor(vla.image_processor, words, num_query_tokens=vla.blip.config.num_query_tokens)
+    return processor(images=list(images), text=SENTENCES, padding=True, return_tensors="pt")
+
+
+@pytest.fixture(params=["whole", "lora on a given VLM", "lora on an own VLM"])
+def vla_and_save(request, tmp_path, backbone):
+    """A VLA of each kind, and a function that writes its checkpoint."""
+    torch.manual_seed(0)
+    vla = make_vla(tmp_path / "parent", backbone if "given" in request.param else "tiny")
+    if "own" in request.param:
+        vla.save(tmp_path / "parent")
+        vla.add_lora(4)
+    randomise([*vla.theta(), *vla.phi(), vla.log_std])
+    vla.action_mean.normal_()
+    vla.action_std.uniform_(0.1, 0.3)
+
+    def save():
+        vla.save(tmp_path / "child", parent=tmp_path / "parent" if "own" in request.param else None)
+        return tmp_path / "child"
+
+    return vla, save
+
+
+@pytest.mark.parametrize("dim, heads", [(128, 4), (24, 3)])
+def test_token_learner_is_multi_head_attention_pooling(dim, heads):
+    """The cheap order of multiplications in TokenLearner gives what torch's own multi-head attention gives."""
+    torch.manual_seed(0)
+    learner = TokenLearner(dim, heads)
+    for p in learner.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    h, mask = torch.randn(5, 11, dim) * 3 + 1, torch.arange(11) < torch.tensor([11, 4, 1, 7, 9])[:, None]
+    attention = torch.nn.MultiheadAttention(dim, heads, batch_first=True)
+    attention.in_proj_weight.data = torch.cat([learner.q.weight, learner.k.weight, learner.v.weight])
+    attention.in_proj_bias.data = torch.cat([learner.q.bias, torch.zeros(dim), learner.v.bias])
+    attention.out_proj.load_state_dict(learner.o.state_dict())
+    with torch.no_grad():
+        pooled = attention(learner.seed.expand(5, 1, dim), h, h, key_padding_mask=~mask)[0][:, 0]
+        x = learner.norm_att(learner.seed + pooled)
+        torch.testing.assert_close(learner(h, mask), learner.norm_out(x + learner.ff(x)), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_never_changes_an_action():
+    """What stands in masked rows of the latents does not reach the output, however large it is."""
+    torch.manual_seed(0)
+    learner, h, mask = TokenLearner(32), torch.randn(2, 6, 32), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    other = h.clone()
+    other[1, 3:] = 1e4
+    assert torch.equal(learner(h, mask), learner(other, mask))
+    assert torch.allclose(learner(h[1:, :3], mask[1:, :3]), learner(h, mask)[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+def test_encode_equals_blip2_forward(language_model, backbone, tmp_path):
+    """`encode` gives the last hidden state of HF's own forward on what HF's own processor makes of a padded batch."""
+    torch.manual_seed(0)
+    hf = Blip2ForConditionalGeneration.from_pretrained(backbone)
+    vla = make_vla(tmp_path, backbone)
+    if language_model == "t5":
+        text = T5Config(vocab_size=len(vla.tokenizer), d_model=48, d_kv=12, num_heads=4, d_ff=96, num_layers=2)
+        config = Blip2Config(
+            vision_config=hf.config.vision_config.to_dict(), qformer_config=hf.config.qformer_config.to_dict(),
+            text_config=text.to_dict(), num_query_tokens=8, image_token_index=hf.config.image_token_index,
+        )  # fmt: skip
+        hf = Blip2ForConditionalGeneration(config)
+        hf.query_tokens.data.normal_()
+        for part in (hf, vla.tokenizer, vla.image_processor):
+            part.save_pretrained(tmp_path / "t5")
+        vla = make_vla(tmp_path, str(tmp_path / "t5"))
+    hf.eval()
+    images = pictures(32)
+    inputs = hf_inputs(vla, images)
+    assert inputs.attention_mask.sum(1).unique().numel() > 1  # a ragged batch
+    more = {"decoder_input_ids": torch.zeros(4, 1, dtype=torch.long)} if language_model == "t5" else {}
+    with torch.no_grad():
+        out = hf(**inputs, **more, output_hidden_states=True).language_model_outputs
+        want = out.encoder_last_hidden_state if language_model == "t5" else out.hidden_states[-1]
+        h, mask = vla.encode(images, SENTENCES)
+    assert torch.equal(mask, inputs.attention_mask.bool())
+    torch.testing.assert_close(h[mask], want[mask], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (84, 84), (48, 80), (20, 24)])
+def test_preprocess_equals_hf(height, width, backbone, tmp_path):
+    """Batched preprocessing gives HF's pixels: the same at the VLM's size; resized, within two grey levels of 255."""
+    vla = make_vla(tmp_path, backbone)
+    images = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), np.uint8)
+    images[0] = np.linspace(0, 255, width)[None, :, None]
+    want = vla.image_processor(images=list(images), return_tensors="pt").pixel_values
+    level = 0.01 if (height, width) == (32, 32) else 2.01
+    error = (vla.preprocess(images) - want).abs() * 255 * vla.image_std
+    assert vla.preprocess(images).shape == want.shape == (3, 3, 32, 32)
+    assert error.max() <= level
+
+
+def test_checkpoint_acts_as_what_was_saved(vla_and_save):
+    """save, load: the same action bit for bit, the same trainable weights, and the same exploration."""
+    vla, save = vla_and_save
+    loaded = VLA.load(save())
+    with torch.no_grad():
+        before, after = (v.mean(*v.encode(pictures(32), SENTENCES)) for v in (vla, loaded))
+    assert torch.equal(before, after)
+    assert torch.equal(vla.log_std, loaded.log_std)
+    assert [p.shape for p in loaded.theta()] == [p.shape for p in vla.theta()]
+    assert all(torch.equal(a, b) for a, b in zip(vla.theta() + vla.phi(), loaded.theta() + loaded.phi(), strict=True))
+    assert all(p.requires_grad for p in loaded.theta() + loaded.phi())
+
+
+def test_peft_reads_the_adapter(backbone, tmp_path):
+    """PEFT's own loader, on the bare backbone, gives the latents that the checkpoint gives."""
+    torch.manual_seed(0)
+    vla = make_vla(tmp_path, backbone)
+    bare = vla.encode(pictures(32), SENTENCES)[0].detach()
+    randomise(vla.theta())
+    vla.save(tmp_path / "saved")
+    hf = PeftModel.from_pretrained(Blip2ForConditionalGeneration.from_pretrained(backbone), tmp_path / "saved").eval()
+    inputs = hf_inputs(vla, pictures(32))
+    with torch.no_grad():
+        want = hf(**inputs, output_hidden_states=True).language_model_outputs.hidden_states[-1]
+        h, mask = vla.encode(pictures(32), SENTENCES)
+    torch.testing.assert_close(h[mask], want[mask], atol=1e-4, rtol=1e-4)
+    assert (h - bare)[mask].abs().max() > 0.01  # the adapter did something

@@ -1,0 +1,150 @@
+"""Stage 1: the advantages are GAE's, PPO finds a known optimum, the VLM stays as it is, D_rl holds successes only."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import files, make_vla
+from safetensors.torch import load_file, save_file
+
+from data import EVAL_SEED, EXPERT_SEED, ONLINE_SEED, RL_SEED, attempts, open_episode
+from model import VLA
+from stage_rl import gae, ppo_losses
+
+
+def lambda_return_advantage(r, v, term, trunc, gamma, lam):
+    """GAE from its definition, in O(T^3): the lambda-weighted mean of an episode's n-step returns, less the value."""
+    T = len(r)
+    out = np.zeros(T)
+    for t in range(T):
+        end = next((k for k in range(t, T) if term[k] or trunc[k]), T - 1)
+        steps = end - t + 1
+        returns = []
+        for n in range(1, steps + 1):
+            future = 0 if term[t + n - 1] else v[t + n]
+            returns.append(sum(gamma**i * r[t + i] for i in range(n)) + gamma**n * future)
+        weights = [(1 - lam) * lam ** (n - 1) for n in range(1, steps)] + [lam ** (steps - 1)]
+        out[t] = np.dot(weights, returns) - v[t]
+    return out
+
+
+def test_gae_equals_its_definition():
+    """Many random rollouts, with successes and time-outs anywhere, also both in one column and at the edges."""
+    rng = np.random.default_rng(0)
+    for trial in range(30):
+        T, N, p = rng.integers(1, 25), 3, rng.choice([0, 0.1, 0.4])
+        term = rng.random((T, N)) < p
+        trunc = (rng.random((T, N)) < p) & ~term
+        reward, value = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N))
+        gamma, lam = rng.choice([0.9, 0.99, 1.0]), rng.choice([0.0, 0.5, 0.95, 1.0])
+        tensors = [torch.tensor(np.asarray(x, float)) for x in (reward, value, term, trunc)]
+        want = [lambda_return_advantage(*(x[:, n] for x in (reward, value, term, trunc)), gamma, lam) for n in range(N)]
+        np.testing.assert_allclose(gae(*tensors, gamma, lam).numpy(), np.stack(want, 1), atol=1e-10, err_msg=str(trial))
+
+
+def test_success_ends_the_return_and_a_time_out_does_not():
+    """After a success the next state's value is nothing; after a time-out it is still worth what the critic says."""
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    value = torch.tensor([[0.5], [10.0]])
+    assert gae(one, value, one, zero, 0.9, 0.95).item() == pytest.approx(1 - 0.5)
+    assert gae(zero, value, zero, one, 0.9, 0.95).item() == pytest.approx(0.9 * 10 - 0.5)
+
+
+def test_ppo_does_not_push_beyond_its_clip():
+    """The gradient stops where the ratio has moved past the clip in the advantage's direction, and only there."""
+    log_ratio = torch.log(torch.tensor([0.5, 0.5, 1.0, 1.0, 1.5, 1.5])).requires_grad_()
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    policy, value_loss, kl, clipped = ppo_losses(
+        log_ratio, torch.zeros(6), advantage, torch.zeros(6), torch.full((6,), 2.0), 0.2
+    )
+    policy.backward()
+    assert log_ratio.grad.sign().tolist() == [-1, 0, -1, 1, 0, 1]
+    assert (value_loss.item(), clipped.item()) == (4.0, pytest.approx(4 / 6)) and kl > 0
+
+
+def test_every_use_has_initial_states_of_its_own():
+    """Demonstrations, D_rl, training and evaluation draw from seeds that are a million apart or more."""
+    seeds = sorted([EXPERT_SEED, ONLINE_SEED, RL_SEED, EVAL_SEED])
+    assert min(b - a for a, b in zip(seeds, seeds[1:])) >= 1_000_000
+
+
+def success(folder, task):
+    row = json.loads((folder / "eval.json").read_text())["tasks"][task]["success"]
+    return sum(row) / len(row)
+
+
+@pytest.fixture(scope="module")
+def trained(project, checkpoint):
+    """The child of an untrained checkpoint after stage 1 on the toy task `blue`, both evaluated: (parent, child)."""
+    before, out = files(checkpoint), project.folder / "runs/rl/1-rl-blue"
+    project.must(
+        "python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--parent", checkpoint, "--out", out,
+        "--env-steps", "30000", "--rollout", "64", "--minibatch", "256", "--lr", "1e-4", "--std", "0.25",
+        "--converged", "0.99", "--successes", "20", "--envs", "8", "--threads", "1",
+    )  # fmt: skip
+    assert files(checkpoint) == before  # the parent is only read
+    result = project.folder / "start"
+    result.mkdir()
+    project.must("python", "evaluate.py", "--checkpoint", checkpoint, "--out", result / "eval.json", "--envs", "8")
+    return checkpoint, out, result
+
+
+def test_ppo_solves_a_problem_with_known_optimum(trained):
+    """Sparse reward, several decisions deep, an untrained head: greedy success goes from poor to near 1."""
+    _, child, before = trained
+    assert success(before, "blue") < 0.5
+    assert success(child, "blue") > 0.9
+
+
+def test_rl_leaves_the_vlm_bit_identical(trained):
+    """Stage 1 changes the head and nothing of the VLM, in memory or on disk."""
+    parent, child, _ = trained
+    old, new = (load_file(f / "vlm/model.safetensors") for f in (parent, child))
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    old, new = (load_file(f / "heads.safetensors") for f in (parent, child))
+    assert not torch.equal(old["head.mlp.4.weight"], new["head.mlp.4.weight"])
+    assert all(torch.equal(old[k], new[k]) for k in ("action_mean", "action_std"))
+
+
+def test_rl_leaves_lora_bit_identical(project, backbone, tmp_path):
+    """The same for a VLM that LoRA has adapted: its adapter is the parent's, tensor by tensor."""
+    vla = make_vla(tmp_path, backbone)
+    for p in vla.theta():
+        p.data.add_(0.1 * torch.randn_like(p))
+    vla.save(tmp_path / "parent")
+    project.must(
+        "python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--parent", tmp_path / "parent", "--out",
+        tmp_path / "1-rl-blue", "--env-steps", "300", "--envs", "2", "--rollout", "32", "--warmup", "0",
+        "--successes", "1", "--episodes", "0", "--threads", "1",
+    )  # fmt: skip
+    old, new = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("parent", "1-rl-blue"))
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    assert all(torch.equal(a, b) for a, b in zip(vla.theta(), VLA.load(tmp_path / "1-rl-blue").theta(), strict=True))
+
+
+def test_d_rl_holds_successes_only(trained, toy):
+    """Each recorded episode ends with the success that its header claims, and its labels are possible actions."""
+    folder = trained[1].parent / "D_rl/blue"
+    assert len(attempts(folder)) >= 20
+    for k in attempts(folder):
+        handle, header = open_episode(folder / f"{k:06d}.safetensors")
+        reward, action = handle.get_tensor("reward"), handle.get_tensor("action")
+        assert header["success"] == "1" and header["source"] == "online" and header["seed"] == str(ONLINE_SEED + k)
+        assert reward[-1] == 1 and not reward[:-1].any() and len(reward) <= toy.PROTOCOL["horizon"]
+        assert np.abs(action).max() <= 1 and action.dtype == np.float32
+        first = toy.make("blue", 32).reset(seed=ONLINE_SEED + k)[0]
+        assert np.array_equal(handle.get_slice("image")[0], first)  # the state that its seed gives
+
+
+def test_nan_policy_stops_stage_1(project, checkpoint, tmp_path):
+    """A head of NaN ends RL with one sentence before an action reaches the robot, and leaves no finished stage."""
+    VLA.load(checkpoint).save(tmp_path / "parent")
+    heads = load_file(tmp_path / "parent/heads.safetensors")
+    save_file({**heads, "head.mlp.0.bias": heads["head.mlp.0.bias"] * np.nan}, tmp_path / "parent/heads.safetensors")
+    code, _, err = project.run(
+        "python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--parent", tmp_path / "parent", "--out",
+        tmp_path / "1-rl-blue", "--envs", "2",
+    )  # fmt: skip
+    assert code == 1 and "NaN" in err.splitlines()[-1] and "Traceback" not in err
+    assert not (tmp_path / "1-rl-blue").exists()

@@ -1,0 +1,104 @@
+"""SFT learns what it is shown, from file to simulator, and goes on after a kill as if nothing had happened."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import files, kill
+from safetensors import safe_open
+
+from data import attempts, open_episode
+from domains import metaworld
+from evaluate import play
+from model import VLA
+from stage0_sft import augment
+
+ONE = """
+from domains.metaworld import *
+from domains.metaworld import INSTRUCTIONS
+EXPERT_TASKS, RL_TASKS, UNSEEN_TASKS = ["drawer-open"], [], []
+INSTRUCTIONS = {"drawer-open": INSTRUCTIONS["drawer-open"]}
+"""
+
+
+def test_sft_replays_the_episode_that_it_has_learned(project):
+    """One real expert episode, overfitted by stage 0, lets the greedy policy open the same drawer in the simulator."""
+    (project.folder / "domains/one.py").write_text(ONE)
+    out, data = project.folder / "runs/one/0-sft", project.folder / "runs/D_e-one"
+    project.must(
+        "python", "stage0_sft.py", "--domain", "one", "--data", data, "--out", out, "--demos", "1", "--noise", "0",
+        "--steps", "1600", "--batch", "16", "--lr", "1e-3", "--shift", "0", "--episodes", "0", "--threads", "1",
+    )  # fmt: skip
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.05 < 0.5 < losses[0]  # in units of the actions' variance
+    (k,) = attempts(data / "one/drawer-open")
+    seed = int(open_episode(data / f"one/drawer-open/{k:06d}.safetensors")[1]["seed"])
+    vla = VLA.load(out)
+    (episode,) = play(vla, metaworld, {"drawer-open": [seed]}, 1, lambda h, mask, ids: (a := vla.act(h, mask), a))
+    assert episode["success"] and episode["seed"] == seed
+
+
+def saved_step(out):
+    """The step that an unfinished stage has saved, 0 before the first."""
+    path = out.with_name(f".{out.name}.partial") / "state.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="np") as f:
+        return json.loads(f.metadata()["counters"])["step"]
+
+
+@pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
+def test_killed_sft_goes_on_bit_for_bit(stage, project, checkpoint):
+    """SIGKILL after a saved state and the same command again give the weights and the log of an undisturbed run."""
+    data, runs, steps = project.folder / "runs/D_e-resume", project.folder / "runs" / stage, 120
+    common = ["--domain", "toy", "--data", data, "--batch", "8", "--episodes", "0", "--threads", "1"]
+    collect = ["python", "stage0_sft.py", *common, "--demos", "3", "--image-size", "32"]
+    whole, killed = runs / "whole", runs / "killed"
+    if stage == "stage_sft":
+        project.must(*collect, "--steps", "1", "--out", runs / "0-sft")  # makes D_e
+        command = ["python", "stage_sft.py", *common, "--parent", checkpoint, "--steps", steps]
+    else:
+        command = [*collect, "--dtype", "float32", "--steps", steps]
+    project.must(*command, "--out", whole)
+    process = project.start(*command, "--out", killed, STATE_EVERY="0")
+    while (step := saved_step(killed)) < 7 and process.poll() is None:
+        time.sleep(0.02)
+    kill(process, signal.SIGKILL).wait()
+    assert step >= 7 and saved_step(killed) < steps and not killed.exists()  # it was killed in the middle
+    project.must(*command, "--out", killed)
+    a, b = files(whole), files(killed)
+    assert a["heads.safetensors"] == b["heads.safetensors"]
+    assert a["vlm/model.safetensors"] == b["vlm/model.safetensors"]
+    log = [[json.loads(line) for line in x["log.jsonl"].splitlines()] for x in (a, b)]
+    assert [row["step"] for row in log[1]] == [row["step"] for row in log[0]] and len(log[0]) >= 2
+    assert not [name for name in b if "tmp" in name or "state" in name]
+
+
+def test_nan_loss_stops_sft_and_says_how_to_go_on(project):
+    """A learning rate that explodes ends the stage with one sentence, no finished folder, and a way out that works."""
+    data, out = project.folder / "runs/D_e-nan", project.folder / "runs/nan/0-sft"
+    command = ["python", "stage0_sft.py", "--domain", "toy", "--data", data, "--out", out, "--demos", "1"]
+    command += ["--image-size", "32", "--steps", "20", "--batch", "8", "--episodes", "0", "--threads", "1"]
+    code, _, err = project.run(*command, "--lr", "1e30")
+    assert code == 1 and "Traceback" not in err and "nan" in (said := err.splitlines()[-1]).lower() and "--lr" in said
+    assert not out.exists()
+    code, _, err = project.run(*command, "--lr", "1e-4")  # what the sentence says to do
+    assert code == 0 or "delete" in said, err.splitlines()[-1]
+
+
+def test_augment_shifts_and_recolours_without_mixing_pixels():
+    """Each image moves by its own few pixels, about half get other colours, and the other half keep theirs exactly."""
+    images = np.random.default_rng(0).integers(0, 256, (200, 12, 12, 3), np.uint8)
+    before = images.copy()
+    out = augment(images, 3, np.random.default_rng(1))
+    assert np.array_equal(images, before) and out.shape == images.shape and out.dtype == np.uint8
+    padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
+    kept = [
+        any(np.array_equal(out[b], padded[b, y : y + 12, x : x + 12]) for y in range(7) for x in range(7))
+        for b in range(200)
+    ]
+    assert 70 < sum(kept) < 130
+    assert torch.equal(*(torch.from_numpy(augment(images, 3, np.random.default_rng(2))) for _ in range(2)))
