@@ -10,17 +10,18 @@ variations, which camera and horizon, it does not say. Here:
 - Pictures are drawn without shadows, reflections and multisampling, and the arm as convex hulls: see _render.py.
 """
 
+from domains import _render  # isort: skip  first: where there is no OpenGL it says so; the others would trace back
+
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from domains import _render
-from domains._render import mujoco  # and not by itself: where there is no OpenGL, _render says so in one sentence
 from run import Refusal
 
 HORIZON = 80  # decisions; the slowest expert, on door-lock with noise, needs up to 78
