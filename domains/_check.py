@@ -18,13 +18,13 @@ import matplotlib.pyplot as plt
 
 
 def trial(domain, env, seed, noise):
-    """One episode of the expert, Gaussian `noise` (std) on its motion: (success, decisions)."""
+    """One episode of the expert, Gaussian `noise` (std) on all but the gripper: (success, decisions)."""
     rng = np.random.default_rng(seed)
     env.reset(seed=seed)
     terminated = truncated = False
     for decisions in range(1, 10_000):
         action = domain.expert(env)
-        action[:3] += noise * rng.standard_normal(3, dtype=np.float32)
+        action[:-1] += noise * rng.standard_normal(len(action) - 1, dtype=np.float32)
         _, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
             return terminated, decisions
@@ -35,7 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("domain")
     parser.add_argument("--episodes", type=int, default=20, help="episodes a task, clean and noisy each")
-    parser.add_argument("--noise", type=float, default=0.2, help="standard deviation of the noise on x, y, z")
+    parser.add_argument("--noise", type=float, default=0.2, help="standard deviation of the noise on its motion")
     parser.add_argument("--seed", type=int, default=20_000, help="seed of each task's first episode")
     args = parser.parse_args()
     domain = importlib.import_module(f"domains.{args.domain}")
