@@ -108,13 +108,13 @@ def test_an_idle_episode_times_out(domain, task):
 
 
 def test_the_kitchen_s_action_0_holds_the_hand_still():
-    """FrankaKitchen-v1's own action 0 lets the arm sink 20 cm; here it stays within 1 cm for 17 s."""
+    """FrankaKitchen-v1's own action 0 lets the arm sink 20 cm in 2 s; here it stays within 2 cm for 19 s."""
     env = kitchen.make("light-on", 32)
     env.reset(seed=0)
     before = env.hand_pose()[0]
     for _ in range(kitchen.HORIZON):
         env.step(np.zeros(7))
-    assert np.linalg.norm(env.hand_pose()[0] - before) < 0.01
+    assert np.linalg.norm(env.hand_pose()[0] - before) < 0.02
     env.close()
 
 
