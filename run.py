@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 PACKAGES = ("torch", "transformers", "peft", "gymnasium", "mujoco", "metaworld", "numpy")
+FREE = ("parent", "data", "out", "device", "threads", "episodes")  # arguments that do not decide a stage's result
 STATE_EVERY = float(os.environ.get("STATE_EVERY", 60))  # seconds between two saved states; the tests shorten it
 
 
@@ -119,15 +121,18 @@ def read_tensors(path, device="cpu"):
 class Stage:
     """One stage of a run, `runs/<name>/<stage>/`, resumable until it is finished.
 
-    out: the final folder. args: a dict of what decides the result; another dict for the same folder is refused.
+    args: the stage's arguments, a dataclass with `out`, the final folder, and perhaps `parent`. `decides` are those
+    that decide the result: others, or another parent, are refused for the same folder.
     `done` is True when the folder exists already: the caller returns at once.
     """
 
-    def __init__(self, out, args, parent=None):
-        self.out = Path(out)
+    def __init__(self, args):
+        self.out = Path(args.out)
+        self.decides = {k: v for k, v in asdict(args).items() if k not in FREE}
         self.folder = self.out.with_name(f".{self.out.name}.partial")
         self.done = self.out.is_dir()
-        described = {"args": args, "parent": str(parent) if parent else None}
+        parent = getattr(args, "parent", None)  # beside `out`, wherever the run's folder may have been moved
+        args = self.decides | {"parent": parent and os.path.relpath(parent, self.out.parent)}
         record = (self.out if self.done else self.folder) / "stage.json"
         if record.exists():
             old = read_json(record)["args"]
@@ -140,7 +145,7 @@ class Stage:
                 )
         elif not self.done:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(record, {**described, "versions": versions()})
+            write_json(record, {"args": args, "versions": versions()})
         self.writer, self.saved_at, self.began = None, time.time(), time.time()
         self.seconds = 0.0  # of earlier sittings
 

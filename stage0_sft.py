@@ -22,7 +22,7 @@ import math
 import multiprocessing as mp
 import os
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +105,11 @@ def collect(args, domain, root):
     have = {task: len(attempts(root / task)) for task in tried}
     if all(n >= args.demos for n in have.values()):
         return
-    bar = tqdm(desc="D_e: expert episodes", total=args.demos * len(tried), initial=sum(have.values()), smoothing=0.05)
-    with mp.get_context("forkserver").Pool(args.threads, ignore_interrupt) as pool:
+    total, made = args.demos * len(tried), sum(have.values())
+    with (
+        tqdm(desc="D_e: expert episodes", total=total, initial=made, smoothing=0.05) as bar,
+        mp.get_context("forkserver").Pool(args.threads, ignore_interrupt) as pool,
+    ):
         while lacking := [task for task in tried if have[task] < args.demos]:
             jobs = []
             for task in lacking:
@@ -125,7 +128,6 @@ def collect(args, domain, root):
                 have[task] = n
             for task in lacking:
                 have[task] = len(attempts(root / task))
-    bar.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,14 +157,12 @@ def augment(images, pixels, rng):
 
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
-    free = ("data", "out", "device", "threads", "episodes")  # what may change when the stage goes on
-    decides = {k: v for k, v in asdict(args).items() if k not in free}
-    stage = Stage(out, decides)
+    stage = Stage(args)
     device = pick_device(args.device)
     if stage.done:
         print(f"{out} is finished")
         torch.set_num_threads(1)
-        return evaluate_stage(VLA.load(out, args.domain, device), domain, out, args.episodes, 16)
+        return evaluate_stage(out, domain, args.episodes, device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
@@ -229,10 +229,10 @@ def story(args):
 
     for p, mean in zip(trained, average.module):
         p.data.copy_(mean)
-    vla.save(stage.folder, args=decides, instructions=sentences)
+    vla.save(stage.folder, args=stage.decides, instructions=sentences)
     stage.finish(env_steps=0, frames=len(data))
     torch.set_num_threads(1)
-    evaluate_stage(vla, domain, out, args.episodes, 16)
+    evaluate_stage(out, domain, args.episodes, device, vla=vla)
 
 
 if __name__ == "__main__":

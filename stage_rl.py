@@ -23,7 +23,7 @@ python stage_rl.py --task drawer-open-new --parent runs/metaworld-seed0/0-sft --
 import os
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -99,15 +99,13 @@ def ppo_losses(new_log_prob, old_log_prob, advantage, value, target, clip):
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
     check_task(args.task, domain)
-    free = ("parent", "out", "device", "threads", "episodes")  # what may change when the stage goes on
-    decides = {k: v for k, v in asdict(args).items() if k not in free}
-    stage = Stage(out, decides, args.parent)
+    stage = Stage(args)
     device = pick_device(args.device)
     torch.set_num_threads(1)  # while 16 simulators share the cores; updates use args.threads
     torch.manual_seed(args.seed)
     if stage.done:
         print(f"{out} is finished")
-        return evaluate_stage(VLA.load(out, args.domain, device), domain, out, args.episodes, args.envs)
+        return evaluate_stage(out, domain, args.episodes, device, args.envs)
 
     vla = VLA.load(args.parent, args.domain, device)
     freeze(vla.vlm.parameters())
@@ -153,12 +151,12 @@ def story(args):
         save()
     made, attempted = record_successes(args, domain, vla, folder, counters["first"])
     print(f"D_rl: {made} successes of {attempted} attempts in {folder}")
-    vla.save(stage.folder, parent=args.parent, args=decides)
+    vla.save(stage.folder, parent=args.parent, args=stage.decides)
     stage.finish(
         env_steps=counters["env_steps"], best=counters["best"], successes=made, task=args.task,
         updates_share=counters.get("updates_share"),
     )  # fmt: skip
-    evaluate_stage(vla, domain, out, args.episodes, args.envs)
+    evaluate_stage(out, domain, args.episodes, device, args.envs, vla)
 
 
 def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):

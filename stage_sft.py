@@ -18,7 +18,7 @@ python stage_sft.py --parent runs/metaworld-seed0/1-rl-drawer-open-new --out run
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +56,12 @@ class Args:
 
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
-    free = ("parent", "data", "out", "device", "threads", "episodes")  # what may change when the stage goes on
-    decides = {k: v for k, v in asdict(args).items() if k not in free}
-    stage = Stage(out, decides, args.parent)
+    stage = Stage(args)
     device = pick_device(args.device)
     if stage.done:
         print(f"{out} is finished")
         torch.set_num_threads(1)
-        return evaluate_stage(VLA.load(out, args.domain, device), domain, out, args.episodes, 16)
+        return evaluate_stage(out, domain, args.episodes, device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
@@ -127,10 +125,10 @@ def story(args):
 
     for p, mean in zip(trained, average.module):
         p.data.copy_(mean)
-    vla.save(stage.folder, parent=args.parent, args=decides)
+    vla.save(stage.folder, parent=args.parent, args=stage.decides)
     stage.finish(env_steps=0, frames=len(data))
     torch.set_num_threads(1)
-    evaluate_stage(vla, domain, out, args.episodes, 16)
+    evaluate_stage(out, domain, args.episodes, device, vla=vla)
 
 
 if __name__ == "__main__":
