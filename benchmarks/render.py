@@ -1,12 +1,13 @@
-"""A rendered decision of domains/metaworld.py beside stock Meta-World's, at the same size. python benchmarks/render.py
+"""A rendered decision of our domains beside the stock environment's, at the same size. python benchmarks/render.py
 
-A decision is two steps of physics and one picture. Theirs is gym.make("Meta-World/MT1", render_mode="rgb_array"), two
-step() and one render(), with the camera put where ours is. Each side has a process of its own (two MuJoCo renderers in
-one process can corrupt each other); they take turns, so that only one works at a time. Medians over rounds of the mean
-time a decision; writes results/benchmarks/render.json and render.png.
+A decision is some steps of physics and one picture. Theirs is gym.make("Meta-World/MT1" or "FrankaKitchen-v1",
+render_mode="rgb_array"), as many step() and one render(), with the camera put where ours is. Each side has a process of
+its own (two MuJoCo renderers in one process can corrupt each other); they take turns, so that only one works at a time.
+Medians over rounds of the mean time a decision; writes results/benchmarks/render.json and render.png.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -19,59 +20,61 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 
-def ours(task, size):
-    from domains import metaworld
-
-    env = metaworld.make(task, size)
+def ours(domain, task, size):
+    env = importlib.import_module(f"domains.{domain}").make(task, size)
     env.reset(seed=0)
     return env, lambda action: env.step(action)[0], lambda: env.picture(size)
 
 
-def theirs(task, size):
+def theirs(domain, task, size):
     import gymnasium as gym
-    import metaworld  # registers its environments with gymnasium
     import numpy as np
 
-    from domains.metaworld import ACTION_REPEAT, CAMERA
-
-    assert metaworld.__name__
+    module = importlib.import_module(f"domains.{domain}")
+    view = module.CAMERA | {"lookat": np.array(module.CAMERA["lookat"])}
     settings = {"render_mode": "rgb_array", "width": size, "height": size, "disable_env_checker": True}
-    env = gym.make("Meta-World/MT1", env_name=f"{task}-v3", seed=0, **settings)
-    env.unwrapped.mujoco_renderer.default_cam_config = CAMERA | {"lookat": np.array(CAMERA["lookat"])}
-    env.reset()
+    if domain == "kitchen":
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+        env = gym.make("FrankaKitchen-v1", tasks_to_complete=["slide cabinet"], default_camera_config=view, **settings)
+    else:
+        env = gym.make("Meta-World/MT1", env_name=f"{task}-v3", seed=0, **settings)
+        env.unwrapped.mujoco_renderer.default_cam_config = view
+    env.reset(seed=0)
 
     def step(action):
-        for _ in range(ACTION_REPEAT):
+        for _ in range(module.ACTION_REPEAT):
             env.step(action)
         return env.render()
 
     return env, step, env.render
 
 
-def serve(side, task, size, pipe):
+def serve(side, domain, task, size, pipe):
     """Times as many decisions as the pipe asks for; at the end sends a picture of the first state instead."""
     import numpy as np
 
-    env, step, draw = side(task, size)
+    env, step, draw = side(domain, task, size)
     rng = np.random.default_rng(0)
     first = np.array(draw())
-    step(np.zeros(4, np.float32))
+    step(np.zeros(env.action_space.shape, np.float32))
     while decisions := pipe.recv():
         start = time.perf_counter()
         for _ in range(decisions):
-            step(rng.uniform(-0.3, 0.3, 4).astype(np.float32))
+            step(rng.uniform(-0.3, 0.3, env.action_space.shape).astype(np.float32))
         pipe.send((time.perf_counter() - start) / decisions)
         env.reset()
     pipe.send(first)
     env.close()
 
 
-def compare(task, size, rounds):
+def compare(domain, task, size, rounds):
     """Median seconds a decision and a picture, of ours and of theirs."""
     spawn, sides = multiprocessing.get_context("spawn"), []
     for side, decisions in ((ours, 40), (theirs, 5)):
         pipe, far_end = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(side, task, size, far_end), daemon=True)
+        process = spawn.Process(target=serve, args=(side, domain, task, size, far_end), daemon=True)
         process.start()
         far_end.close()
         sides.append((pipe, process, decisions, []))
@@ -90,7 +93,8 @@ def compare(task, size, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["drawer-open", "door-open"])
+    tasks = ["metaworld:drawer-open", "metaworld:door-open", "kitchen:slide-door-open"]
+    parser.add_argument("--tasks", nargs="+", default=tasks, help="domain:task")
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 224])
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
@@ -102,9 +106,10 @@ def main():
 
     out, rows = ROOT / "results" / "benchmarks", {}
     out.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(2, len(args.tasks) * len(args.sizes), squeeze=False, figsize=(11, 6))
+    figure, axes = plt.subplots(2, len(args.tasks) * len(args.sizes), squeeze=False, figsize=(16, 6))
     for column, (task, size) in enumerate((task, size) for size in args.sizes for task in args.tasks):
-        medians, pictures = compare(task, size, args.rounds)
+        domain, _, task = task.partition(":")
+        medians, pictures = compare(domain, task, size, args.rounds)
         name = f"{task}, {size} px, ms a rendered decision"
         mine, stock = (1000 * median for median in medians)
         rows[name] = {"ours": round(mine, 2), "theirs": round(stock, 2), "ratio": round(stock / mine, 1)}
