@@ -2,6 +2,7 @@
 # The paper's Algorithm 1: stage 0 once, then for each new task stage 1 (RL of the head) and stage 2 (SFT of everything).
 #
 #   bash loop.sh metaworld 4                   four rounds on Meta-World; round i takes the i-th RL task
+#   bash loop.sh kitchen 2                     two rounds in Franka Kitchen
 #   SMOKE=1 bash loop.sh metaworld 1           every stage and file in a few minutes, too short to learn anything
 #
 # From the environment, all optional:
@@ -14,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -ne 2 ] || ! [[ $2 =~ ^[0-9]+$ ]]; then
-  sed -n '2,12s/^# \{0,1\}//p' "$0"
+  sed -n '2,13s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-}

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import files, make_vla, refused
 from safetensors.torch import load_file, save_file
 
 from model import VLA, load_domain
+from run import Stage
 
 NEEDED = {
     "whole": [
@@ -66,6 +68,21 @@ def test_no_checkpoint_at_all(tmp_path):
     """A path that does not exist, and a folder that is something else, are named."""
     assert "nowhere" in refused(VLA.load, tmp_path / "nowhere")
     assert "config.json" in refused(VLA.load, tmp_path)
+
+
+def test_another_parent(tmp_path):
+    """A stage begun from one checkpoint does not go on from another; a run's folder may be moved."""
+
+    @dataclass
+    class Args:
+        out: str
+        parent: str
+
+    Stage(Args(tmp_path / "run/1-sft", tmp_path / "run/1-rl"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    Stage(Args(tmp_path / "moved/1-sft", tmp_path / "moved/1-rl"))
+    said = refused(Stage, Args(tmp_path / "moved/1-sft", tmp_path / "moved/0-sft"))
+    assert "parent: 1-rl then, 0-sft now" in said
 
 
 def test_checkpoint_of_another_domain(checkpoint):
