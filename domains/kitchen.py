@@ -15,15 +15,18 @@ position". Here:
 
 from domains import _render  # isort: skip  first: where there is no OpenGL it says so; the others would trace back
 
+import contextlib
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium_robotics.envs.franka_kitchen import KitchenEnv
 
 from run import Refusal
+
+with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # it warns about its other environments
+    from gymnasium_robotics.envs.franka_kitchen import KitchenEnv
 
 HORIZON = 80  # decisions
 ACTION_REPEAT = 3  # steps of the stock environment (80 ms each) a decision
