@@ -199,7 +199,7 @@ def evaluate_stage(folder, domain, episodes, device, envs=16, vla=None):
     """Evaluate a finished stage on all of the domain's tasks and write eval.json into its folder, once."""
     path = Path(folder) / "eval.json"
     if episodes and not path.exists():
-        vla = vla or VLA.load(folder, device=device)
+        vla = vla or VLA.load(folder, domain.__name__.split(".")[-1], device)
         tasks = evaluate(vla, domain, all_tasks(domain), episodes, envs, f"evaluate {path.parent.name}")
         write_json(path, {"protocol": domain.PROTOCOL, "eval_seed": EVAL_SEED, "versions": versions(), "tasks": tasks})
     if path.exists():

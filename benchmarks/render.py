@@ -26,21 +26,32 @@ def ours(domain, task, size):
     return env, lambda action: env.step(action)[0], lambda: env.picture(size)
 
 
-def theirs(domain, task, size):
+def stock_metaworld(task, view, settings):
     import gymnasium as gym
+
+    env = gym.make("Meta-World/MT1", env_name=f"{task}-v3", seed=0, **settings)
+    env.unwrapped.mujoco_renderer.default_cam_config = view
+    return env
+
+
+def stock_kitchen(task, view, settings):
+    import gymnasium as gym
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    return gym.make("FrankaKitchen-v1", tasks_to_complete=["slide cabinet"], default_camera_config=view, **settings)
+
+
+STOCK = {"metaworld": stock_metaworld, "kitchen": stock_kitchen}
+
+
+def theirs(domain, task, size):
     import numpy as np
 
-    module = importlib.import_module(f"domains.{domain}")
+    module = importlib.import_module(f"domains.{domain}")  # it also registers Meta-World's environments
     view = module.CAMERA | {"lookat": np.array(module.CAMERA["lookat"])}
     settings = {"render_mode": "rgb_array", "width": size, "height": size, "disable_env_checker": True}
-    if domain == "kitchen":
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
-        env = gym.make("FrankaKitchen-v1", tasks_to_complete=["slide cabinet"], default_camera_config=view, **settings)
-    else:
-        env = gym.make("Meta-World/MT1", env_name=f"{task}-v3", seed=0, **settings)
-        env.unwrapped.mujoco_renderer.default_cam_config = view
+    env = STOCK[domain](task, view, settings)
     env.reset(seed=0)
 
     def step(action):

@@ -63,30 +63,40 @@ def camera(lookat, distance, azimuth, elevation):
 
 
 class Picture:
-    """Draws a model from one camera. Holds one GL context until `close()`."""
+    """Draws a model from one camera. Holds a GL context from `draw` to `close`; drawing again makes a new one."""
 
     def __init__(self, model, view):
-        """Raises Refusal when no GL context can be made."""
         model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = BUFFER
         self.model, self.view, self.option = model, view, mujoco.MjvOption()
         self.option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = True  # colliding meshes: what physics sees, fewer faces
-        self.scene = mujoco.MjvScene(model, maxgeom=1000)
+        self.free = None  # frees the GL context, where there is one
+
+    def open(self):
+        """Raises Refusal when no GL context can be made."""
+        self.scene = mujoco.MjvScene(self.model, maxgeom=1000)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self.scene.flags[flag] = False
         try:
             self.gl = mujoco.gl_context.GLContext(BUFFER, BUFFER)
             self.gl.make_current()
-            self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
+            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         except Exception as error:  # noqa: BLE001  each back end fails in its own way
             raise Refusal(f"{NO_OPENGL} ({error})") from error
-        self.close = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten, and at exit
+        self.free = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten, and at exit
+
+    def close(self):
+        if self.free is not None:
+            self.free()
+            self.free = None
 
     def draw(self, data, size):
-        """The present state as (size, size, 3) uint8, size <= BUFFER."""
+        """The present state as (size, size, 3) uint8, size <= BUFFER. Raises Refusal when no GL context can be made."""
         if not 0 < size <= BUFFER:
             raise ValueError(f"a picture is 1 to {BUFFER} pixels wide, not {size}")
+        if self.free is None:
+            self.open()
         rect, image = mujoco.MjrRect(0, 0, size, size), np.empty((size, size, 3), np.uint8)
         self.gl.make_current()  # another environment of this process may have drawn since
         everything = mujoco.mjtCatBit.mjCAT_ALL

@@ -6,7 +6,7 @@ position". Here:
 - Physics and scene are gymnasium-robotics' `FrankaKitchen-v1`. The stock start is the same for every seed; here things,
   and the arm, start elsewhere in every episode (SHIFTS).
 - Success is a joint's position, stricter than the stock 0.3 (rad or m) from the goal, within which a nudge is a success
-  (TASKS says how far).
+  (`Task.success`).
 - Action: 7-D motion of the hand, turned into the stock joint velocities by damped least squares (`Kitchen.joints`).
 - The left hinged door is not among the stock tasks. Its handle is out of the arm's reach where the cabinet hangs, so in
   its tasks the cabinet hangs lower and nearer; there the arm can pull it open by 0.6 to 0.9 rad, and 0.5 is done.
@@ -132,11 +132,11 @@ class Kitchen(gym.Env):
     def __init__(self, task, image_size=64):
         if task not in INSTRUCTIONS:
             raise Refusal(f"unknown kitchen task {task!r}: known are {', '.join(INSTRUCTIONS)}")
-        self.name, self.image_size, self.render_mode = task, image_size, "rgb_array"
-        self.task, _, self.shift, self.colours = TABLE[task]
+        self.image_size, self.render_mode = image_size, "rgb_array"
+        self.task, _, self.shift, colours = TABLE[task]
         self.sim = KitchenEnv(tasks_to_complete=["slide cabinet"]).robot_env  # the stock task decides nothing here
         m, self.data = self.sim.model, self.sim.data
-        self.model, self.screen, self.decisions = m, None, 0
+        self.model, self.decisions = m, 0
         for geom in range(m.ngeom):  # draw the arm's collision hulls (300 faces) instead of its looks (20,000)
             mesh = m.mesh(m.geom_dataid[geom]).name if m.geom_type[geom] == mujoco.mjtGeom.mjGEOM_MESH else ""
             if mesh.endswith("_viz") and mesh != "finger_viz":
@@ -145,8 +145,9 @@ class Kitchen(gym.Env):
                 m.geom_group[geom], m.geom_rgba[geom] = 0, (0.92, 0.93, 0.90, 1)
         quality = m.vis.quality  # round things with fewer faces: half the time of a picture
         quality.numslices, quality.numstacks, quality.numquads = 12, 8, 2
-        for material, colour in self.colours.items():
+        for material, colour in colours.items():
             m.mat_rgba[m.material(material).id, :3] = colour
+        self.screen = _render.Picture(m, _render.camera(**CAMERA))
         self.places, self.start = m.body_pos.copy(), self.sim.init_qpos.copy()
         self.hand = m.site("end_effector").id
         self.site, self.joint = m.site(self.task.site).id, m.joint(self.task.joint).id
@@ -167,24 +168,17 @@ class Kitchen(gym.Env):
         R = self.data.site_xmat[self.hand].reshape(3, 3)
         return self.data.site_xpos[self.hand] + R @ TCP, R
 
-    def handle_pose(self, further=0.0):
-        """(position (3,), rotation (3, 3)) of the task's handle if its joint were `further` on than it is."""
-        d, j = self.data, self.joint
-        p, axis = d.site_xpos[self.site], d.xaxis[j]
-        R = d.xmat[self.body].reshape(3, 3)
-        if self.model.jnt_type[j] == mujoco.mjtJoint.mjJNT_SLIDE:
-            return p + axis * further, R
-        p = d.xanchor[j] + turn(axis * further) @ (p - d.xanchor[j])
-        return p, turn(axis * further) @ R
-
     def target(self, offset, further=0.0):
-        """The hand's pose at an offset from the handle: (position (3,), rotation (3, 3)). It goes the handle's way but
-        does not turn with a door."""
-        task, (p, R) = self.task, self.handle_pose(further)
-        R = R if task.frame is None else R @ task.frame
-        turned = np.zeros(3)
-        if self.model.jnt_type[self.joint] != mujoco.mjtJoint.mjJNT_SLIDE:
-            turned = self.data.xaxis[self.joint] * (self.data.qpos[self.address] + further)
+        """(position (3,), rotation (3, 3)) of the hand at an offset from the task's handle, if its joint were `further`
+        on than it is. The hand goes the handle's way but does not turn with a door."""
+        d, j, frame = self.data, self.joint, self.task.frame
+        p, R, axis = d.site_xpos[self.site], d.xmat[self.body].reshape(3, 3), d.xaxis[j]
+        if self.model.jnt_type[j] == mujoco.mjtJoint.mjJNT_SLIDE:
+            p, turned = p + axis * further, np.zeros(3)
+        else:
+            p, R = d.xanchor[j] + turn(axis * further) @ (p - d.xanchor[j]), turn(axis * further) @ R
+            turned = axis * (d.qpos[self.address] + further)
+        R = R if frame is None else R @ frame
         return p + R @ np.asarray(offset), turn(-turned) @ R @ FORWARD
 
     # --- the 7-D action
@@ -247,11 +241,8 @@ class Kitchen(gym.Env):
 
     def picture(self, size):
         """The policy's view at another size, (size, size, 3) uint8, up to 240 pixels; for videos and for people."""
-        if self.screen is None:
-            self.screen = _render.Picture(self.model, _render.camera(**CAMERA))
-        fine = self.screen.draw(self.data, 2 * size).reshape(
-            size, 2, size, 2, 3
-        )  # knob and switch are few pixels small
+        # at twice the size and averaged, because knobs and switch are only a few pixels large
+        fine = self.screen.draw(self.data, 2 * size).reshape(size, 2, size, 2, 3)
         return ((fine.sum((1, 3), np.uint16) + 2) // 4).astype(np.uint8)
 
     def render(self):
@@ -259,9 +250,7 @@ class Kitchen(gym.Env):
 
     def close(self):
         """Frees the GL context. The environment may still be used, and then makes a new one."""
-        if self.screen is not None:
-            self.screen.close()
-            self.screen = None
+        self.screen.close()
 
 
 def make(task, image_size=64):

@@ -243,7 +243,8 @@ class MetaWorld(gym.Env):
         sim._partially_observable = False  # the scripted policies read the goal from the state; pictures never do
         del sim.sawyer_observation_space  # cached while the goal was hidden
         self.restored = {field: getattr(sim.model, field).copy() for field in RESTORED}
-        self.policy, self.screen, self.decisions = ENV_POLICY_MAP[name](), None, 0
+        self.policy, self.decisions = ENV_POLICY_MAP[name](), 0
+        self.screen = _render.Picture(sim.model, _render.camera(**CAMERA))
         self.observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
 
@@ -280,8 +281,6 @@ class MetaWorld(gym.Env):
 
     def picture(self, size):
         """The policy's view at another size, (size, size, 3) uint8, up to 480 pixels; for videos and for people."""
-        if self.screen is None:
-            self.screen = _render.Picture(self.sim.model, _render.camera(**CAMERA))
         return self.screen.draw(self.sim.data, size)
 
     def render(self):
@@ -289,9 +288,7 @@ class MetaWorld(gym.Env):
 
     def close(self):
         """Frees the GL context. The environment may still be used, and then makes a new one."""
-        if self.screen is not None:
-            self.screen.close()
-            self.screen = None
+        self.screen.close()
 
 
 def make(task, image_size=64):
