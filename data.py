@@ -11,21 +11,26 @@ An episode is one safetensors file (the whole interface between collecting, RL a
                                   protocol (the domain's, JSON), versions (JSON)
 
 Files are memory-mapped: a data set of any size costs memory only for the frames that are being used.
+
+python data.py import-minari --dataset D4RL/kitchen/complete-v2 --domain kitchen       human demonstrations into D_e
 """
+
+from run import Refusal, main, versions, whole  # isort: skip  first, for Ctrl-C while torch is imported
 
 import json
 from pathlib import Path
 
 import numpy as np
+import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-
-from run import Refusal, versions, whole
+from tqdm import tqdm
 
 FORMAT = "ire-vla episode 1"
 
 # Every initial state is drawn from a seed, and each use has seeds of its own, so that none can leak into another.
 EXPERT_SEED = 0  # D_e: attempt k of a task starts from EXPERT_SEED + k
+IMPORT_SEED = 100_000  # D_e, from elsewhere: a number for each episode, not a seed that was used
 ONLINE_SEED = 1_000_000  # D_rl: attempt k starts from ONLINE_SEED + k
 RL_SEED = 2_000_000  # stage 1's training environments
 EVAL_SEED = 9_000_000  # evaluation: the same episodes at every stage and for every method
@@ -128,3 +133,39 @@ class Episodes:
         image = np.stack([self.images[e][int(t)] for e, t in zip(episode, frame)])
         action = np.stack([self.actions[e][t] for e, t in zip(episode, frame)])
         return image, [self.instructions[e] for e in episode], action
+
+
+def import_minari(dataset: str, domain: str, data: str = "runs/D_e", image_size: int = 64):
+    """Add a Minari data set's episodes to D_e, in the domain's pictures and actions. Downloads it where it is missing.
+
+    Args:
+        dataset: its name, e.g. D4RL/kitchen/complete-v2.
+        domain: domains/<name>.py, which knows how its tasks are found in there.
+        data: D_e's folder; what is imported counts among a task's demonstrations.
+        image_size: pixels of the square image.
+    """
+    from model import load_domain
+
+    module = load_domain(domain)  # before minari, which would have MuJoCo draw on a screen
+    import minari
+
+    if not hasattr(module, "from_minari"):
+        raise Refusal(f"domains/{domain}.py does not say how Minari's episodes are read: give it a from_minari")
+    try:
+        episodes = minari.load_dataset(dataset, download=True)
+    except Exception as error:  # noqa: BLE001  whatever the library or the network has to say
+        raise Refusal(f"the data set {dataset} cannot be had ({error}): see `minari list remote`") from error
+    made = {task: 0 for task in module.EXPERT_TASKS}
+    for episode in tqdm(episodes.iterate_episodes(), desc=dataset, total=episodes.total_episodes):
+        for task, image, action, reward in module.from_minari(episode, image_size):
+            write_episode(
+                Path(data) / domain / task / f"{IMPORT_SEED + episode.id:06d}.safetensors", image, action, reward,
+                domain=domain, task=task, instruction=module.INSTRUCTIONS[task], source="expert",
+                seed=IMPORT_SEED + episode.id, protocol=module.PROTOCOL,
+            )  # fmt: skip
+            made[task] += 1
+    print(f"{data}/{domain}: {', '.join(f'{n} {task}' for task, n in made.items())}")
+
+
+if __name__ == "__main__":
+    main(lambda _: tyro.extras.subcommand_cli_from_dict({"import-minari": import_minari}, description=__doc__), None)

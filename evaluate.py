@@ -9,6 +9,8 @@ python evaluate.py --checkpoint runs/metaworld-seed0/0-sft            all tasks,
 python evaluate.py --checkpoint runs/metaworld-seed0/0-sft --tasks drawer-open --episodes 3 --video drawer.mp4
 """
 
+from run import Refusal, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from tqdm import tqdm
 
 from data import EVAL_SEED
 from model import VLA, load_domain
-from run import Refusal, main, pick_device, read_json, versions, write_json
 
 gym.logger.min_level = 50  # above ERROR: what goes wrong in a simulator is raised here, which is enough
 

@@ -7,6 +7,8 @@ Reads the eval.json and summary.json of a run's finished stages; writes report.j
 python report.py --run runs/metaworld-seed0
 """
 
+from run import Refusal, main, read_json, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
+
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,6 @@ import tyro
 
 from evaluate import all_tasks, splits, wilson
 from model import load_domain
-from run import Refusal, main, read_json, versions, whole, write_json
 
 
 @dataclass

@@ -18,10 +18,26 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.utils.tensorboard import SummaryWriter
+
+def stopped():
+    """End at once after Ctrl-C, without a traceback, and say how to go on."""
+    print(f"\nstopped. {again()}", file=sys.stderr)
+    os._exit(130)  # not sys.exit: that would wait for the simulators' processes to finish
+
+
+def again():
+    command = os.environ.get("AGAIN") or f"python {' '.join(sys.argv)}"  # loop.sh names itself
+    return f"The same command goes on from the last saved state: {command}"
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a stage script, not somebody's import of it
+    # for Ctrl-C in the seconds in which torch is imported, before `main` runs; so the scripts import this file first
+    sys.excepthook = lambda kind, *about: stopped() if kind is KeyboardInterrupt else sys.__excepthook__(kind, *about)
+
+import torch  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "gymnasium", "mujoco", "metaworld", "numpy")
 FREE = ("parent", "data", "out", "device", "threads", "episodes")  # arguments that do not decide a stage's result
@@ -39,8 +55,6 @@ def versions():
 
 def main(story, args):
     """Run `story(args)`; a Refusal or Ctrl-C ends it with one sentence and a non-zero exit, never a traceback."""
-    command = os.environ.get("AGAIN") or f"python {' '.join(sys.argv)}"  # loop.sh names itself
-    again = f"The same command goes on from the last saved state: {command}"
     try:
         story(args)
     except Refusal as refusal:
@@ -48,10 +62,9 @@ def main(story, args):
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(f"error: no space left on the disk of {Path.cwd()}: free some. {again}")
+        sys.exit(f"error: no space left on the disk of {Path.cwd()}: free some. {again()}")
     except KeyboardInterrupt:
-        print(f"\nstopped. {again}", file=sys.stderr)
-        os._exit(130)  # not sys.exit: that would wait for the simulators' processes to finish
+        stopped()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ First the domain's scripted expert records D_e where it is missing: 50 successfu
 
 Where the paper is silent or this differs from it:
 1) Demonstrations: the expert's action is executed with Gaussian noise on every dimension but the last (the gripper),
-   and its clean action is the label. So the data shows how to come back from small errors (DART, 1703.09327).
+   and its clean action is the label. So the data shows how to come back from small errors (DART, 1703.09327). In some
+   domains (KICKS) a few decisions in a row are random now and then, so that it also shows how to come back from a miss.
 2) The error is taken in units of each action dimension's standard deviation over D_e, so that each counts alike; mean
    and deviation travel in the checkpoint.
 3) Every task is drawn equally often, however long its episodes are. Images are shifted at random by up to 4 pixels, and
@@ -17,6 +18,8 @@ Where the paper is silent or this differs from it:
 
 python stage0_sft.py --domain metaworld --out runs/metaworld-seed0/0-sft        2 CPU cores: 2 + 15 minutes
 """
+
+from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
 
 import math
 import multiprocessing as mp
@@ -33,7 +36,6 @@ from tqdm import tqdm
 from data import EXPERT_SEED, Episodes, attempts, write_episode
 from evaluate import evaluate_stage
 from model import VLA, describe, load_domain
-from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
 
 
 @dataclass
@@ -43,9 +45,10 @@ class Args:
     out: str = "runs/metaworld-seed0/0-sft"  # the checkpoint to write
     vlm: str = "tiny"  # tiny, a local BLIP-2 folder, or a hub name such as Salesforce/blip2-opt-2.7b
     demos: int = 50  # successful expert episodes of each task
-    noise: float = 0.2  # deviation of the noise on the expert's executed action, in units of the action range
+    noise: float | None = None  # deviation of the noise on what the expert does; None: the domain's NOISE
+    kicks: float | None = None  # chance of each decision to begin 2 to 5 random ones; None: the domain's KICKS
     image_size: int = 64  # pixels of the square camera image, in D_e and everywhere after it
-    steps: int = 7000  # optimizer steps
+    steps: int | None = None  # optimizer steps; None: the domain's STEPS
     batch: int = 256  # frames of each step
     lr: float = 7e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
@@ -70,7 +73,7 @@ def ignore_interrupt():
 
 def record(job):
     """One expert episode in a worker process: attempt k of a task. Writes it if it succeeds; returns the task."""
-    domain_name, task, image_size, noise, folder, k = job
+    domain_name, task, image_size, noise, kicks, folder, k = job
     domain, cached = load_domain(domain_name), record.__dict__
     if cached.get("task") != (task, image_size):  # one simulator per process at a time
         if "env" in cached:
@@ -78,13 +81,17 @@ def record(job):
         cached["env"], cached["task"] = domain.make(task, image_size), (task, image_size)
     env, rng = cached["env"], np.random.default_rng([EXPERT_SEED + k, 1])
     obs, _ = env.reset(seed=EXPERT_SEED + k)
-    images, actions, rewards, ended = [], [], [], False
+    images, actions, rewards, ended, kicked = [], [], [], False, 0
     while not ended:
         action = domain.expert(env)
         images.append(obs)
         actions.append(action)
         executed = action.copy()
         executed[:-1] += rng.normal(0, noise, len(action) - 1)
+        if kicks and not kicked and rng.random() < kicks:
+            kicked, kick = int(rng.integers(2, 6)), rng.uniform(-1, 1, len(action))
+        if kicked:
+            kicked, executed = kicked - 1, kick
         obs, reward, term, trunc, _ = env.step(executed.clip(-1, 1).astype(np.float32))
         rewards.append(reward)
         ended = term or trunc
@@ -105,6 +112,8 @@ def collect(args, domain, root):
     have = {task: len(attempts(root / task)) for task in tried}
     if all(n >= args.demos for n in have.values()):
         return
+    noise = domain.NOISE if args.noise is None else args.noise
+    kicks = domain.KICKS if args.kicks is None else args.kicks
     total, made = args.demos * len(tried), sum(have.values())
     with (
         tqdm(desc="D_e: expert episodes", total=total, initial=made, smoothing=0.05) as bar,
@@ -118,7 +127,7 @@ def collect(args, domain, root):
                 if until > 10 * args.demos:
                     raise Refusal(f"the expert of {task} succeeds too rarely ({have[task]} of {tried[task]}): mend it")
                 jobs += [
-                    (args.domain, task, args.image_size, args.noise, root / task, k)
+                    (args.domain, task, args.image_size, noise, kicks, root / task, k)
                     for k in range(until) if k not in done and (k >= tried[task] or not tried[task])
                 ]  # fmt: skip
                 tried[task] = until
@@ -165,6 +174,7 @@ def story(args):
         return evaluate_stage(out, domain, args.episodes, device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    steps = domain.STEPS if args.steps is None else args.steps
 
     root = Path(args.data) / args.domain
     collect(args, domain, root)
@@ -195,13 +205,13 @@ def story(args):
         load_optimizer(optimizer, tensors)
     print(f"stage 0: Eq. 2 on {len(data):,} frames of {len(domain.EXPERT_TASKS)} tasks | {describe(vla)}")
 
-    bar = tqdm(desc="stage 0 SFT", total=args.steps, initial=step, smoothing=0.02)
+    bar = tqdm(desc="stage 0 SFT", total=steps, initial=step, smoothing=0.02)
     losses = []
-    while step < args.steps:
+    while step < steps:
         # ----------------------------------------------------------------------
         # one step; its batch depends on (seed, step) alone
         rng = np.random.default_rng([args.seed, 0, step])
-        lr = args.lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        lr = args.lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, instructions, action = data.batch(rng, args.batch)
@@ -216,7 +226,7 @@ def story(args):
         step += 1
         # ----------------------------------------------------------------------
         losses.append(loss.item())
-        if step % 50 == 0 or step == args.steps:
+        if step % 50 == 0 or step == steps:
             stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
             bar.set_postfix(loss=f"{np.mean(losses):.3f}")
             losses = []

@@ -8,8 +8,9 @@ it arrives, and all of PPO's epochs read the stored h (bfloat16). The next state
 on. When RL has converged (or its budget is spent) the best head seen records the task's successes, D_rl.
 
 Where the paper is silent or this differs from it:
-1) The algorithm is PPO (1707.06347) with GAE (1506.02438); the paper only implies it. pi_phi is a Gaussian around the
-   head's action with one trained deviation for each action dimension.
+1) The algorithm is PPO (1707.06347) with GAE (1506.02438); the paper only implies it. On its robot it is SACfD: that is
+   `--algo sacfd`, in sacfd.py. pi_phi is a Gaussian around the head's action with one trained deviation for each action
+   dimension.
 2) A success ends the return; a time-out does not (its last state is bootstrapped from the critic).
 3) The critic starts new for each task, as in the paper, and is warmed up for some iterations before the actor moves: a
    random critic's advantages would undo what SFT has taught.
@@ -20,11 +21,14 @@ Where the paper is silent or this differs from it:
 python stage_rl.py --task drawer-open-new --parent runs/metaworld-seed0/0-sft --out runs/metaworld-seed0/1-rl
 """
 
+from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
+
 import os
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +39,7 @@ from tqdm import tqdm
 from data import ONLINE_SEED, RL_SEED, attempts, write_episode
 from evaluate import check_task, evaluate_stage, play, simulators
 from model import VLA, Head, describe, freeze, load_domain, log_prob
-from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
+from sacfd import Critics, SACfD, train_sacfd
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Args:
     parent: str  # the checkpoint to start from, e.g. runs/metaworld-seed0/0-sft
     out: str  # the checkpoint to write, e.g. runs/metaworld-seed0/1-rl-drawer-open-new; D_rl/ is made beside it
     domain: str = "metaworld"  # domains/<name>.py
+    algo: Literal["", "ppo", "sacfd"] = ""  # empty: the domain's ALGO; sacfd: few episodes, for a robot (sacfd.py)
     env_steps: int = 150_000  # budget: decisions in all environments together
     converged: float = 0.97  # stop when this share of the last 100 training episodes succeeded
     envs: int = 16  # simulators in parallel, a process each
@@ -59,11 +64,12 @@ class Args:
     std: float = 0.25  # initial exploration deviation, in units of the action range
     warmup: int = 3  # iterations that train the critic alone
     successes: int = 50  # successful episodes for D_rl
-    noise: float = 0.2  # deviation of the noise on what is executed while recording D_rl
+    noise: float | None = None  # deviation of the noise on what is executed while recording D_rl; None: the domain's
     episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
     seed: int = 0  # of the critic, exploration and minibatches
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
     threads: int = os.cpu_count()  # CPU threads of torch during updates; during rollouts the simulators have the cores
+    sacfd: SACfD = field(default_factory=SACfD)  # of --algo sacfd, instead of lam to warmup
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,10 +117,15 @@ def story(args):
     freeze(vla.vlm.parameters())
     instruction, dim = domain.INSTRUCTIONS[args.task], vla.head.mlp[0].in_features
     vla.log_std.data.fill_(np.log(args.std))
-    critic = Head(dim, 1).to(device)
-    actor = [*vla.phi(), vla.log_std]
+    algo = args.algo or domain.ALGO
+    if algo == "ppo":
+        learn, rates, critic = train, args, Head(dim, 1).to(device)
+    else:
+        learn, rates = train_sacfd, args.sacfd
+        critic = Critics(dim, vla.config["action_dim"], args.sacfd.alpha).to(device)
+    actor, critical = [*vla.phi(), vla.log_std], [p for p in critic.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(
-        [{"params": actor, "lr": args.lr}, {"params": critic.parameters(), "lr": args.critic_lr}], eps=1e-5
+        [{"params": actor, "lr": rates.lr}, {"params": critical, "lr": rates.critic_lr}], eps=1e-5, fused=True
     )
 
     tensors, counters = stage.load()
@@ -135,8 +146,16 @@ def story(args):
 
     recent = deque(counters["recent"], maxlen=100)  # the last training episodes: 1 success, 0 time-out
     print(f"stage 1: Eq. 3 on {args.task} ({instruction!r}) | {describe(vla)}, theta frozen")
+    folder = out.parent / "D_rl" / args.task
+    if algo == "sacfd" and not counters["iteration"] and (lacking := args.sacfd.demos - len(attempts(folder))) > 0:
+        first = max(attempts(folder), default=-1) + 1
+        made, attempted, decisions = record_successes(args, domain, vla, folder, first, lacking, noise=0.0)
+        print(f"demonstrations: {made} zero-shot successes of {attempted} attempts, {decisions} decisions, in {folder}")
+        if not made:
+            raise Refusal(f"{args.parent} never succeeded at {args.task}: SACfD needs successes to start from; use PPO")
+        counters["env_steps"] += decisions
     if not counters["finished"]:
-        for _ in train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
+        for _ in learn(args, domain, vla, critic, optimizer, stage, counters, recent, best):
             if stage.due():
                 save()
         counters["finished"] = True
@@ -145,11 +164,11 @@ def story(args):
 
     # ------------------------------------------------------------------------------------------------------------------
     # the task's successes: D_rl
-    folder = out.parent / "D_rl" / args.task
     if "first" not in counters:  # a later round adds to what an earlier one has recorded
         counters["first"] = max(attempts(folder), default=-1) + 1
         save()
-    made, attempted = record_successes(args, domain, vla, folder, counters["first"])
+    noise = domain.NOISE if args.noise is None else args.noise
+    made, attempted, _ = record_successes(args, domain, vla, folder, counters["first"], args.successes, noise)
     print(f"D_rl: {made} successes of {attempted} attempts in {folder}")
     vla.save(stage.folder, parent=args.parent, args=stage.decides)
     stage.finish(
@@ -288,36 +307,37 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
             env.close(terminate=True)
 
 
-def record_successes(args, domain, vla, folder, first):
+def record_successes(args, domain, vla, folder, first, successes, noise):
     """Record `successes` episodes of the policy into `folder`; gives up after four times as many attempts. Returns
-    (made, attempted). Attempt k is decided by its seed, so an interrupted recording can make it again."""
-    name, made, attempted = domain.__name__.split(".")[-1], 0, 0
+    (made, attempted, decisions). Attempt k is decided by its seed, so an interrupted recording can make it again."""
+    name, made, attempted, decisions = domain.__name__.split(".")[-1], 0, 0, 0
 
     def act(h, mask, ids):
         """The mean as label, and executed with noise on all but the gripper, as the expert does (stage0_sft.py)."""
         label = vla.act(h, mask)
-        noise = np.stack([np.random.default_rng(i[1:]).normal(0, args.noise, label.shape[1]) for i in ids])
-        noise[:, -1] = 0
-        return label + torch.as_tensor(noise, dtype=label.dtype, device=label.device), label
+        shaken = np.stack([np.random.default_rng(i[1:]).normal(0, noise, label.shape[1]) for i in ids])
+        shaken[:, -1] = 0
+        return label + torch.as_tensor(shaken, dtype=label.dtype, device=label.device), label
 
-    while attempted < 4 * args.successes:
+    while attempted < 4 * successes:
         have = {k for k in attempts(folder) if k >= first}
         made = len([k for k in have if k < first + attempted])
-        if made >= args.successes:
+        if made >= successes:
             break
-        fresh = range(first + attempted, first + attempted + args.successes - made)
+        fresh = range(first + attempted, first + attempted + successes - made)
         attempted += len(fresh)
         programme = {args.task: [ONLINE_SEED + k for k in fresh if k not in have]}
         if not programme[args.task]:
             continue
         for e in play(vla, domain, programme, args.envs, act, keep_images=True):
+            decisions += e["decisions"]
             if e["success"]:
                 write_episode(
                     folder / f"{e['seed'] - ONLINE_SEED:06d}.safetensors", e["image"], e["action"], e["reward"],
                     domain=name, task=args.task, instruction=domain.INSTRUCTIONS[args.task], source="online",
                     seed=e["seed"], protocol=domain.PROTOCOL,
                 )  # fmt: skip
-    return len([k for k in attempts(folder) if k >= first]), attempted
+    return len([k for k in attempts(folder) if k >= first]), attempted, decisions
 
 
 if __name__ == "__main__":

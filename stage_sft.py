@@ -16,6 +16,8 @@ Where the paper is silent or this differs from it:
 python stage_sft.py --parent runs/metaworld-seed0/1-rl-drawer-open-new --out runs/metaworld-seed0/1-sft
 """
 
+from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
+
 import math
 import os
 from dataclasses import dataclass
@@ -29,7 +31,6 @@ from tqdm import tqdm
 from data import Episodes, attempts
 from evaluate import evaluate_stage
 from model import VLA, describe, freeze, load_domain
-from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device
 from stage0_sft import augment, sft_loss
 
 

@@ -5,6 +5,9 @@ A domain module offers
     EXPERT_TASKS, RL_TASKS, UNSEEN_TASKS   lists of task names: the demonstrated ones, the ones learned online (in this
                                            order), and the ones only ever evaluated
     INSTRUCTIONS                           dict, task name -> the sentence that the policy is given
+    ALGO                                   "ppo" or "sacfd": how stage 1 learns here unless it is told
+    NOISE, KICKS                           how demonstrations are disturbed (stage0_sft.py)
+    STEPS                                  how long stage 0 trains unless it is told
     PROTOCOL                               dict, JSON-able: what must agree before two success rates may be compared
     make(task, image_size)                 -> gymnasium.Env: observation (H, W, 3) uint8, action Box(-1, 1, (A,))
                                            float32, reward 1.0 on success and else 0.0, terminated on success, truncated

@@ -14,17 +14,23 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial import ConvexHull
 
-from run import Refusal
-
 NO_OPENGL = (
     f"MuJoCo could not make an OpenGL context (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}): on Debian and Ubuntu, "
     "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL=osmesa and install libosmesa6"
 )
+
+
+def _refusal(error):
+    from run import Refusal  # here, for it brings torch with it, and the panda's server does without
+
+    return Refusal(f"{NO_OPENGL} ({error})")
+
+
 try:
     import mujoco
     import mujoco.gl_context
 except Exception as error:  # noqa: BLE001  ImportError, AttributeError, EGLError: each back end fails in its own way
-    raise Refusal(f"{NO_OPENGL} ({error})") from error
+    raise _refusal(error) from error
 mujoco.gl_context.GLContext._context = None  # else a context that could not be made complains again when it is deleted
 
 BUFFER = 480  # px; the off-screen buffer, hence the largest picture. A larger buffer does not slow small pictures
@@ -83,7 +89,7 @@ class Picture:
             self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         except Exception as error:  # noqa: BLE001  each back end fails in its own way
-            raise Refusal(f"{NO_OPENGL} ({error})") from error
+            raise _refusal(error) from error
         self.free = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten, and at exit
 
     def close(self):
@@ -91,16 +97,19 @@ class Picture:
             self.free()
             self.free = None
 
-    def draw(self, data, size):
-        """The present state as (size, size, 3) uint8, size <= BUFFER. Raises Refusal when no GL context can be made."""
-        if not 0 < size <= BUFFER:
+    def draw(self, data, size, height=None, view=None):
+        """The present state as (size, size, 3) uint8, size <= BUFFER; or of another height, or from another camera.
+
+        Raises Refusal when no GL context can be made."""
+        height, view = height or size, view or self.view
+        if not (0 < size <= BUFFER and 0 < height <= BUFFER):
             raise ValueError(f"a picture is 1 to {BUFFER} pixels wide, not {size}")
         if self.free is None:
             self.open()
-        rect, image = mujoco.MjrRect(0, 0, size, size), np.empty((size, size, 3), np.uint8)
+        rect, image = mujoco.MjrRect(0, 0, size, height), np.empty((height, size, 3), np.uint8)
         self.gl.make_current()  # another environment of this process may have drawn since
         everything = mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self.model, data, self.option, None, self.view, everything, self.scene)
+        mujoco.mjv_updateScene(self.model, data, self.option, None, view, everything, self.scene)
         mujoco.mjr_render(rect, self.scene, self.context)
         mujoco.mjr_readPixels(image, None, rect, self.context)
         return np.ascontiguousarray(image[::-1])  # OpenGL's rows run upwards

@@ -10,6 +10,8 @@ position". Here:
 - Action: 7-D motion of the hand, turned into the stock joint velocities by damped least squares (`Kitchen.joints`).
 - The left hinged door is not among the stock tasks. Its handle is out of the arm's reach where the cabinet hangs, so in
   its tasks the cabinet hangs lower and nearer; there the arm can pull it open by 0.6 to 0.9 rad, and 0.5 is done.
+- The picture is two views in one: the kitchen, and the hand from nearby. In one view of all a handle is two pixels
+  wide, and 50 demonstrations do not teach to grip it (results/experiments.md).
 - Experts are functions of the present state alone (`expert`): a policy that sees one picture cannot imitate a memory.
 """
 
@@ -29,13 +31,18 @@ with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # it w
     from gymnasium_robotics.envs.franka_kitchen import KitchenEnv
 
 HORIZON = 80  # decisions
+ALGO = "ppo"  # of stage 1
 ACTION_REPEAT = 3  # steps of the stock environment (80 ms each) a decision
 CAMERA = {"lookat": [-0.27, 0.5, 2.2], "distance": 1.6, "azimuth": 62, "elevation": -22}
-PROTOCOL = {"horizon": HORIZON, "action_repeat": ACTION_REPEAT, "camera": CAMERA,
+NEAR = 0.3  # m, the same camera's distance when it looks at the hand
+NOISE, KICKS = 0.1, 0.06  # of the demonstrations, see stage0_sft.py
+STEPS = 4000  # of stage 0's optimizer
+PROTOCOL = {"horizon": HORIZON, "action_repeat": ACTION_REPEAT, "camera": CAMERA, "near": NEAR,
             "drawing": "no shadows, arm as hulls, 12 slices, 2 x 2 pixels averaged"}  # fmt: skip
 PROTOCOL |= {package: version(package) for package in ("gymnasium-robotics", "mujoco")}
 
 STEP, TURN = 0.02, 0.08  # m and rad that an action of 1 asks of one stock step
+RADIAN, DAMPING = 0.4, 0.05**2  # m that a radian counts as, in the inverse kinematics; m^2
 PUSH = 0.05  # m that a pushing hand aims ahead
 OPEN, SHUT = 1.0, -1.0  # the gripper's action
 TCP = np.array([0.0, 0.0, 0.035])  # m; between the finger pads, in the frame of the site "end_effector"
@@ -147,7 +154,10 @@ class Kitchen(gym.Env):
         quality.numslices, quality.numstacks, quality.numquads = 12, 8, 2
         for material, colour in colours.items():
             m.mat_rgba[m.material(material).id, :3] = colour
-        self.screen = _render.Picture(m, _render.camera(**CAMERA))
+        self.screen, self.near = (
+            _render.Picture(m, _render.camera(**CAMERA)),
+            _render.camera(**CAMERA | {"distance": NEAR}),
+        )
         self.places, self.start = m.body_pos.copy(), self.sim.init_qpos.copy()
         self.hand = m.site("end_effector").id
         self.site, self.joint = m.site(self.task.site).id, m.joint(self.task.joint).id
@@ -183,19 +193,23 @@ class Kitchen(gym.Env):
 
     # --- the 7-D action
 
+    def posture(self):
+        """Motion of the joints (7,), rad, that is asked for beside the hand's: to the start's, away from limits."""
+        q = self.data.qpos[:7]
+        near = np.clip(self.low + 0.4 - q, 0, None) - np.clip(q - self.high + 0.4, 0, None)
+        return 0.03 * (self.start[:7] - q) + 0.2 * near
+
     def joints(self, action):
         """The stock environment's 9 joint velocities, in [-1, 1], that move the hand as asked: damped least squares, in
         the null space towards the start's posture and away from joint limits. Joints at a limit are left out."""
         m, d = self.model, self.data
         jacp, jacr = np.zeros((3, m.nv)), np.zeros((3, m.nv))
         mujoco.mj_jac(m, d, jacp, jacr, self.hand_pose()[0], int(m.site_bodyid[self.hand]))
-        weight, q, free = 0.4, d.qpos[:7], np.ones(7)  # a radian counts as 0.4 m
-        wanted = action[:6] * np.repeat([STEP, weight * TURN], 3)
-        near = np.clip(self.low + 0.4 - q, 0, None) - np.clip(q - self.high + 0.4, 0, None)
-        posture = 0.03 * (self.start[:7] - q) + 0.2 * near
+        q, free, posture = d.qpos[:7], np.ones(7), self.posture()
+        wanted = action[:6] * np.repeat([STEP, RADIAN * TURN], 3)
         for _ in range(3):
-            J = np.vstack([jacp[:, :7], weight * jacr[:, :7]]) * free  # (6, 7)
-            inverse = J.T @ np.linalg.inv(J @ J.T + 0.05**2 * np.eye(6))  # (7, 6)
+            J = np.vstack([jacp[:, :7], RADIAN * jacr[:, :7]]) * free  # (6, 7)
+            inverse = J.T @ np.linalg.inv(J @ J.T + DAMPING * np.eye(6))  # (7, 6)
             dq = inverse @ (wanted - J @ (posture * free)) + posture * free  # (7,)
             stuck = (q + dq < self.low + 0.01) & (dq < 0) | (q + dq > self.high - 0.01) & (dq > 0)
             if not (stuck & (free > 0)).any():
@@ -240,10 +254,15 @@ class Kitchen(gym.Env):
         return picture, float(success), success, self.decisions >= HORIZON, {"success": success}
 
     def picture(self, size):
-        """The policy's view at another size, (size, size, 3) uint8, up to 240 pixels; for videos and for people."""
-        # at twice the size and averaged, because knobs and switch are only a few pixels large
-        fine = self.screen.draw(self.data, 2 * size).reshape(size, 2, size, 2, 3)
-        return ((fine.sum((1, 3), np.uint16) + 2) // 4).astype(np.uint8)
+        """The policy's view at another size, (size, size, 3) uint8, up to 240 pixels: above the kitchen, below what is
+        around the hand, seen from the same side. Also for videos."""
+        self.near.lookat[:] = self.hand_pose()[0]
+        views, top = [], size // 2
+        for view, height in ((None, top), (self.near, size - top)):
+            # at twice the size and averaged, because knobs and switch are only a few pixels large
+            fine = self.screen.draw(self.data, 2 * size, 2 * height, view).reshape(height, 2, size, 2, 3)
+            views.append(((fine.sum((1, 3), np.uint16) + 2) // 4).astype(np.uint8))
+        return np.vstack(views)
 
     def render(self):
         return self.picture(_render.BUFFER // 2)
@@ -295,3 +314,57 @@ def expert(env):
     dp, dr = dp / (ACTION_REPEAT * STEP), axis_angle(Rt @ R.T) / (ACTION_REPEAT * TURN)
     action = [*dp / max(1, np.abs(dp).max()), *dr / max(1, np.abs(dr).max()), grip]
     return np.asarray(action, np.float32).clip(-1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Human demonstrations
+
+
+def from_minari(episode, image_size):
+    """The single tasks in an episode of Minari's D4RL/kitchen data sets (teleoperated: Relay Policy Learning
+    1910.11956): yields (task, images (T, H, W, 3), actions (T, 7), rewards (T,)), as our own episodes are.
+
+    Such an episode does several tasks in the stock environment. Each that is an expert task here, where nothing has
+    been moved, is cut out, from when the task before it was done. Pictures are drawn from the stored states. An action
+    is the inverse of `Kitchen.joints`: the motion of the hand that the stock actions of a decision asked for, not the
+    one that came of it (a hand that pushes asks for more), clipped, and the opening asked of the gripper.
+    """
+    from gymnasium_robotics.envs.franka_kitchen.kitchen_env import BONUS_THRESH, OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
+
+    state = np.asarray(episode.observations["observation"], float)  # (T+1, 59): arm's qpos, qvel, things' qpos, qvel
+    qpos = np.hstack([state[:, :9], state[:, 18:39]])  # (T+1, 30)
+    qvel = np.hstack([state[:, 9:18], state[:, 39:]])  # (T+1, 29)
+    native = np.asarray(episode.actions, float).clip(-1, 1)  # (T, 9)
+    env, done = make(EXPERT_TASKS[0], image_size), {}
+    m, d = env.model, env.data
+    ours = {task: TABLE[task][0] for task in EXPERT_TASKS if not any(TABLE[task][2]) and not TABLE[task][3]}
+    address = {task: m.jnt_qposadr[m.joint(ours[task].joint).id] for task in ours}
+    for task, at in address.items():
+        done[task] = qpos[:, at] * np.sign(ours[task].success) >= abs(ours[task].success)
+    for stock, goal in OBS_ELEMENT_GOALS.items():
+        if not set(OBS_ELEMENT_INDICES[stock]) & set(address.values()):  # a thing that none of ours is about
+            done[stock] = np.linalg.norm(qpos[:, OBS_ELEMENT_INDICES[stock]] - goal, axis=1) < BONUS_THRESH
+    first = {name: int(now.argmax()) for name, now in done.items() if now.any()}
+    for task in ours:
+        end = first.get(task, 0)
+        begin = max([k for k in first.values() if k < end], default=0)
+        if not 0 < end - begin <= HORIZON * ACTION_REPEAT:
+            continue
+        images, actions = [], []
+        for k in range(begin, end):
+            d.qpos[:], d.qvel[:] = qpos[k], qvel[k]
+            mujoco.mj_forward(m, d)
+            if (k - begin) % ACTION_REPEAT == 0:
+                images.append(env.picture(image_size))
+                actions.append([])
+            jac = np.zeros((6, m.nv))
+            mujoco.mj_jac(m, d, jac[:3], jac[3:], env.hand_pose()[0], int(m.site_bodyid[env.hand]))
+            asked = env.unit * native[k]  # rad and m
+            dq = (asked[:7] - d.qfrc_bias[:7] / env.kp[:7]) / env.lead
+            J, posture = jac[:, :7] * np.repeat([[1], [RADIAN]], 3, axis=0), env.posture()
+            move = J @ dq + DAMPING * np.linalg.pinv(J @ J.T, rcond=1e-3) @ J @ (dq - posture)
+            opening = (qpos[k, 7:9] + asked[7:]).mean() / 0.02 - 1
+            actions[-1].append([*move / np.repeat([STEP, RADIAN * TURN], 3), opening])
+        actions = np.stack([np.mean(a, axis=0).clip(-1, 1) for a in actions])
+        yield task, np.stack(images), actions, np.eye(len(actions))[-1]
+    env.close()

@@ -144,3 +144,68 @@ def test_tasks_are_drawn_equally_often(write, toy, tmp_path):
     _, sentences, _ = episodes.batch(np.random.default_rng(0), 40_000)
     share = {task: sentences.count(task) / 40_000 for task in ("short", "long", "heavy")}
     assert share == pytest.approx({"short": 0.25, "long": 0.25, "heavy": 0.5}, abs=0.015)
+
+
+def test_minari_s_kitchen_episodes_become_demonstrations(tmp_path, monkeypatch):
+    """An episode of the stock kitchen that does two tasks, written by Minari: both are found and cut apart, and the
+    relabelled actions, played from where each begins, do the task again."""
+    from domains import kitchen  # isort: skip  first, for it chooses how MuJoCo draws
+    import gymnasium as gym
+    import gymnasium_robotics
+    import minari
+    import mujoco
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "minari").mkdir()
+    monkeypatch.setattr(kitchen, "SHIFTS", dict.fromkeys(kitchen.SHIFTS, (0, 0, 0)))
+    monkeypatch.setattr(kitchen, "ARM_SHIFT", 0.0)
+    gym.register_envs(gymnasium_robotics)
+    stock = gym.make("FrankaKitchen-v1", tasks_to_complete=["slide cabinet", "light switch"], object_noise_ratio=0.0,
+                     robot_noise_ratio=0.0, terminate_on_tasks_completed=False, max_episode_steps=400)  # fmt: skip
+    seen = [stock.reset(seed=0)[0]]
+    native, theirs = [], stock.unwrapped.robot_env
+    for task in ("slide-door-open", "light-on"):  # our expert, its eyes on the stock environment
+        ours = kitchen.make(task, 16)
+        ours.reset(seed=0)
+
+        def look(ours=ours):
+            ours.data.qpos[:], ours.data.qvel[:] = theirs.data.qpos, theirs.data.qvel
+            mujoco.mj_forward(ours.model, ours.data)
+            q = theirs.data.qpos[ours.address]
+            return q * np.sign(ours.task.success) >= abs(ours.task.success)
+
+        while not look():
+            action = kitchen.expert(ours).astype(float)
+            for _ in range(kitchen.ACTION_REPEAT):
+                look()
+                native.append(ours.joints(action))
+                seen.append(stock.step(native[-1])[0])
+        ours.close()
+    n = len(native)
+    minari.create_dataset_from_buffers(
+        "test/kitchen-v0",
+        [
+            EpisodeBuffer(
+                id=0, observations={k: np.stack([x[k] for x in seen]) for k in ("observation",)},
+                actions=np.stack(native), rewards=np.zeros(n), terminations=np.zeros(n, bool),
+                truncations=np.eye(n, dtype=bool)[-1],
+            )
+        ],
+        observation_space=gym.spaces.Dict({"observation": stock.observation_space["observation"]}),
+        action_space=stock.action_space,
+    )  # fmt: skip
+    stock.close()
+
+    data.import_minari("test/kitchen-v0", "kitchen", str(tmp_path / "D_e"), 32)
+    for task in ("slide-door-open", "light-on"):
+        (k,) = attempts(tmp_path / "D_e/kitchen" / task)
+        handle, header = open_episode(tmp_path / f"D_e/kitchen/{task}/{k:06d}.safetensors")
+        assert header["task"] == task and header["success"] == "1" and header["source"] == "expert"
+        assert handle.get_slice("image").get_shape()[1:] == [32, 32, 3] and handle.get_tensor("reward").sum() == 1
+    env = kitchen.make("slide-door-open", 16)  # the first task begins where our episodes do: replay it
+    env.reset(seed=0)
+    (k,) = attempts(tmp_path / "D_e/kitchen/slide-door-open")
+    actions = open_episode(tmp_path / f"D_e/kitchen/slide-door-open/{k:06d}.safetensors")[0].get_tensor("action")
+    assert any(env.step(a)[2] for a in [*actions, *[actions[-1]] * 5])
+    env.close()

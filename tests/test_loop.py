@@ -144,7 +144,7 @@ import stage0_sft
 exec(call)
 """
 STORY = "stage0_sft.main(stage0_sft.story, stage0_sft.tyro.cli(stage0_sft.Args))"
-RECORD = "stage0_sft.record(('toy', 'red', 64, 0.2, Path('D_e/toy/red'), 1))"
+RECORD = "stage0_sft.record(('toy', 'red', 64, 0.2, 0.0, Path('D_e/toy/red'), 1))"
 
 
 def test_kill_in_the_middle_of_a_write(tmp_path, toy):

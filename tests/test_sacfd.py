@@ -1,0 +1,159 @@
+"""SACfD: the actor starts as the SFT policy, returns and sampling are what they are defined to be, and it learns."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import files, kill, make_vla
+from safetensors.torch import load_file
+
+from data import attempts, open_episode
+from model import VLA
+from sacfd import RANGE, Critics, Replay, actor_loss, critic_loss, squashed
+
+
+def test_without_noise_the_actor_is_the_sft_policy(tmp_path):
+    """Its greedy action is VLA.act's, also where the head asks for more than the range, and gradients pass there."""
+    vla = make_vla(tmp_path)
+    vla.action_std.fill_(20.0)  # many means lie beyond the range
+    h, mask = vla.encode(np.random.default_rng(0).integers(0, 255, (64, 32, 32, 3), np.uint8), ["push"] * 64)
+    mean = vla.mean(h, mask)
+    action, _ = squashed(mean, vla.log_std, torch.zeros_like(mean))
+    assert (mean.abs() > 1).any()
+    torch.testing.assert_close(action, vla.act(h, mask), atol=1e-5, rtol=0)
+    (grad,) = torch.autograd.grad(action.sum(), mean)
+    torch.testing.assert_close(grad, torch.ones_like(grad), atol=1e-3, rtol=0)
+
+
+def test_the_squashed_density_is_one():
+    """exp(log-probability) integrates to 1 over the actions, and it is where the samples are."""
+    for mean, log_std in ((0.0, -1.0), (0.7, -1.4), (1.3, -0.5)):
+        noise = torch.linspace(-9, 9, 200_001)[:, None]
+        action, log_prob = squashed(torch.full_like(noise, mean), torch.tensor([log_std]), noise)
+        assert torch.trapezoid(log_prob.exp(), action[:, 0]).item() == pytest.approx(1, abs=1e-3)
+        assert action.abs().max() <= RANGE
+
+
+def filled(rng, T=40, N=3, p=0.15):
+    """A Replay of random rows laid out as the simulators' are: the row after an episode's end only resets."""
+    replay = Replay(T, N, 2, 4, 2, "cpu")
+    replay.h[0] = torch.randn(N, 2, 4)
+    over = torch.zeros(N)
+    for _ in range(T):
+        valid = over == 0
+        term = (torch.tensor(rng.random(N) < p) & valid).float()
+        trunc = (torch.tensor(rng.random(N) < p) & valid).float() * (1 - term)
+        reward = torch.tensor(rng.normal(size=N)).float() * valid
+        replay.add(torch.randn(N, 2), reward, term, trunc, valid, torch.randn(N, 2, 4))
+        over = torch.maximum(term, trunc)
+    return replay
+
+
+def test_n_step_returns_equal_their_definition():
+    """Reward sum, discount and the state that the critic is asked about, for each row drawn, by walking the episode."""
+    rng = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
+    for n_step in (1, 3, 7):
+        replay = filled(rng)
+        i, (h, action, ret, discount, after, _) = replay.sample(500, n_step, 0.9, 0.6, 0.4, generator)
+        for k, index in enumerate(i.tolist()):
+            t, n = divmod(index, 3)
+            want, g, alive = 0.0, 1.0, True
+            for step in range(n_step):
+                want, g = want + g * replay.reward[t + step, n].item(), g * 0.9
+                if replay.term[t + step, n]:
+                    g, alive = 0.0, False
+                if not alive or replay.trunc[t + step, n] or t + step + 1 == replay.t:
+                    break
+            assert ret[k].item() == pytest.approx(want, abs=1e-5) and discount[k].item() == pytest.approx(g, abs=1e-6)
+            assert torch.equal(h[k], replay.h[t, n].float()) and torch.equal(action[k], replay.action[t, n])
+            if g:
+                assert torch.equal(after[k], replay.h[t + step + 1, n].float())
+
+
+def test_priorities_decide_what_is_drawn_and_weights_undo_it():
+    """Rows are drawn as often as priority^exponent says, resets never, and weight x frequency is the same for all."""
+    replay = filled(np.random.default_rng(1))
+    drawable = replay.priority > 0
+    assert 0 < (~drawable).sum() < drawable.sum()
+    replay.priority[drawable] = torch.rand(int(drawable.sum())) + 0.1
+    generator = torch.Generator().manual_seed(0)
+    i, rows = replay.sample(400_000, 1, 0.9, 0.6, 1.0, generator)
+    counts = torch.bincount(i, minlength=drawable.numel()).view_as(replay.priority)
+    assert not counts[~drawable].any()
+    share = replay.priority**0.6
+    torch.testing.assert_close(counts / counts.sum(), share / share.sum(), atol=5e-4, rtol=0.1)
+    unbiased = torch.zeros(drawable.numel()).index_add_(0, i, rows[5]).view_as(share)[drawable]
+    assert (unbiased / unbiased.mean() - 1).abs().max() < 0.1
+
+
+def test_losses_move_what_they_should(tmp_path):
+    """The critics' loss leaves the head alone, the actor's leaves the critics alone and clones demonstrations only."""
+    vla, critics = make_vla(tmp_path), Critics(128, 2, 0.01)
+    mask, noise = torch.ones(8, 2, dtype=torch.bool), torch.randn(8, 2)
+    batch = [
+        torch.randn(8, 2, 128),
+        torch.rand(8, 2),
+        torch.rand(8),
+        torch.rand(8),
+        torch.randn(8, 2, 128),
+        torch.ones(8),
+    ]
+    loss, error = critic_loss(vla, critics, mask, batch, noise)
+    loss.backward()
+    assert all(p.grad is None for p in [*vla.parameters(), *critics.slow.parameters()]) and error.shape == (8,)
+    assert all(p.grad is not None for p in critics.q.parameters())
+    critics.zero_grad()
+    one, _, _ = actor_loss(vla, critics, mask, batch, noise, 4, 1.0, -1.0)
+    one.backward()
+    assert all(p.grad is None for p in critics.q.parameters()) and all(p.grad is not None for p in vla.phi())
+    batch[1] = torch.cat([batch[1][:4], torch.rand(4, 2)])  # other actions, but not in demonstrations
+    two, _, _ = actor_loss(vla, critics, mask, batch, noise, 4, 1.0, -1.0)
+    assert two.item() == pytest.approx(one.item(), abs=1e-6)
+
+
+def command(parent, out, *more):
+    return (
+        "python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--algo", "sacfd", "--parent", parent, "--out",
+        out, "--envs", "4", "--std", "0.4", "--successes", "5", "--threads", "1", "--sacfd.warmup", "300", *more,
+    )  # fmt: skip
+
+
+def test_sacfd_solves_a_problem_with_known_optimum(project, checkpoint):
+    """From an untrained head that rarely succeeds, to nearly always; the VLM stays bit-identical and the 20
+    demonstrations are zero-shot successes."""
+    before, out = files(checkpoint), project.folder / "runs/sac/1-rl-blue"
+    project.must(*command(checkpoint, out, "--env-steps", "6000", "--converged", "0.99", "--sacfd.lr", "3e-4"))
+    assert files(checkpoint) == before
+    tasks = json.loads((out / "eval.json").read_text())["tasks"]
+    assert np.mean(tasks["blue"]["success"]) > 0.9
+    old, new = (load_file(f / "vlm/model.safetensors") for f in (checkpoint, out))
+    assert all(torch.equal(old[k], new[k]) for k in old)
+    folder, start = out.parent / "D_rl/blue", VLA.load(checkpoint)
+    demo, header = open_episode(folder / f"{attempts(folder)[0]:06d}.safetensors")
+    h, mask = start.encode(demo.get_tensor("image"), [header["instruction"]] * len(demo.get_tensor("reward")))
+    np.testing.assert_allclose(start.act(h, mask).detach(), demo.get_tensor("action"), atol=0.05)
+
+
+def test_the_buffer_survives_a_kill(project, checkpoint):
+    """Killed at any instant, the same command goes on with the rows it had: none lost up to the saved state."""
+    out = project.folder / "runs/sac-kill/1-rl-blue"
+    partial = out.with_name(".1-rl-blue.partial")
+    process = project.start(*command(checkpoint, out, "--env-steps", "3000", "--episodes", "0"), STATE_EVERY="0")
+    import time
+
+    for _ in range(1200):
+        if len(list(partial.glob("replay-*.safetensors"))) >= 2 and (partial / "state.safetensors").exists():
+            break
+        time.sleep(0.1)
+    kill(process, 9)
+    process.communicate()
+    kept = {p.name: p.read_bytes() for p in sorted(partial.glob("replay-*.safetensors"))[:2]}
+    assert len(kept) == 2
+    process = project.start(*command(checkpoint, out, "--env-steps", "3000", "--episodes", "0"), STATE_EVERY="0")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    log = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log == sorted(set(log)) and log[-1] >= 3000
+    assert {name: (out / name).read_bytes() for name in kept} == kept
