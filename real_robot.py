@@ -860,7 +860,8 @@ def collect(checkpoint: str, task: str, out: str, successes: int = 20, frames: s
 
 
 def train(checkpoint: str, task: str, out: str):
-    """SACfD on the robot: stage 1 of stage_rl.py with one environment. It evaluates nothing: `evaluate` does.
+    """SACfD on the robot: stage 1 of stage_rl.py with one environment, from the successes that `collect` has put into
+    D_rl/<task> beside `out`. It evaluates nothing and collects nothing: those commands do.
 
     Args:
         checkpoint: the policy to start from.
@@ -869,9 +870,9 @@ def train(checkpoint: str, task: str, out: str):
     """
     import stage_rl
 
-    stage_rl.story(
-        stage_rl.Args(task=task, parent=checkpoint, out=out, domain="panda", algo="sacfd", envs=1, episodes=0)
-    )
+    stage_rl.story(stage_rl.Args(
+        task=task, parent=checkpoint, out=out, domain="panda", algo="sacfd", envs=1, successes=0, episodes=0,
+    ))  # fmt: skip
 
 
 def evaluate(checkpoint: str, task: str, episodes: int = 25, out: str = ""):

@@ -137,7 +137,7 @@ def actor_loss(vla, critics, mask, batch, noise, demonstrated, clone, entropy):
     value = critics.q(h, mask, a.clamp(-1, 1)).amin(0)                                 # (B,)
     critics.q.requires_grad_(True)
     apart = ((mean - action) / vla.action_std)[:demonstrated]
-    loss = (alpha * logp - value).mean() + clone * apart.square().mean()
+    loss = (alpha * logp - value).mean() + clone * apart.square().sum() / max(1, apart.numel())
     return loss, -critics.log_alpha * (logp.detach() + entropy * action.shape[1]).mean(), logp.detach().mean()
     # fmt: on
 
@@ -223,7 +223,7 @@ class Replay:
 
 
 def demonstrations(vla, folder, encode):
-    """A Replay of the episodes in `folder`, one after the other."""
+    """A Replay of the episodes in `folder`, one after the other; None where there are none: then all is online."""
     episodes = [open_episode(Path(folder) / f"{k:06d}.safetensors")[0] for k in attempts(folder)]
     demos = None
     for episode in episodes:
@@ -245,7 +245,7 @@ def demonstrations(vla, folder, encode):
 # Training
 
 
-def train_sacfd(args, domain, vla, critics, optimizer, stage, counters, recent, best):
+def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, recent, best):
     """SACfD until convergence or the budget's end. Changes phi, the critics, `counters`, `recent` and `best`; yields
     after each hundred rows, when all of them belong together."""
     device, instruction, how = vla.device, domain.INSTRUCTIONS[args.task], args.sacfd
@@ -260,18 +260,16 @@ def train_sacfd(args, domain, vla, critics, optimizer, stage, counters, recent, 
         return h.to(torch.bfloat16)
 
     demos = demonstrations(vla, Path(args.out).parent / "D_rl" / args.task, encode)
-    mask = vla.encode(np.zeros((1, size, size, 3), np.uint8), [instruction])[1]  # (1, M)
-    left = args.env_steps - counters["env_steps"]
+    h, mask = vla.encode(np.zeros((1, size, size, 3), np.uint8), [instruction])  # (1, M, D), (1, M)
+    left = budget - counters["env_steps"]
     rows = counters.get("rows", 0) + 2 * (left // N) + 2  # at least every other row of a simulator is a decision
-    replay = Replay(rows, N, *demos.h.shape[2:], demos.action.shape[-1], device)
+    replay = Replay(rows, N, *h.shape[1:], vla.config["action_dim"], device)
     replay.read(stage.folder, counters.get("rows", 0))
 
     fns = [lambda: load_domain(name).make(args.task, size)] * N
     envs = simulators(fns, vla, AutoresetMode.NEXT_STEP)  # rows as in stage_rl.py
     seed = RL_SEED + 10_000 * args.seed + counters["iteration"]  # a resumed run does not repeat its first episodes
-    bar = tqdm(
-        desc=f"SACfD {args.task}", total=args.env_steps, initial=counters["env_steps"], smoothing=0.1, unit="step"
-    )
+    bar = tqdm(desc=f"SACfD {args.task}", total=budget, initial=counters["env_steps"], smoothing=0.1, unit="step")
     generator = torch.Generator().manual_seed(hash((args.seed, counters["iteration"])) & 0x7FFFFFFF)
     over, began_at, owed = torch.zeros(N, device=device), np.full(N, replay.t), 0.0
     try:
@@ -281,7 +279,7 @@ def train_sacfd(args, domain, vla, critics, optimizer, stage, counters, recent, 
             replay.add(torch.zeros_like(replay.action[0]), nothing, nothing, nothing, nothing, encode(obs))
         else:
             replay.h[0] = encode(obs)
-        while counters["env_steps"] < args.env_steps:
+        while counters["env_steps"] < budget:
             began, before, stats, t_update = time.time(), counters["env_steps"], [], 0.0
             for _ in range(100):
                 # ----------------------------------------------------------------------
@@ -352,14 +350,17 @@ def update(args, vla, critics, optimizer, actor, mask, demos, replay, moves, gen
     """One gradient step of the critics and, if the actor `moves`, of actor and temperature. Returns numbers for the
     log."""
     how, half = args.sacfd, args.sacfd.batch // 2
-    drawn = [x.sample(half, how.n_step, args.gamma, how.priority, how.importance, generator) for x in (demos, replay)]
+    sources = (demos or replay, replay)
+    drawn = [x.sample(half, how.n_step, args.gamma, how.priority, how.importance, generator) for x in sources]
     batch = [torch.cat(x) for x in zip(*(rows for _, rows in drawn))]
     noise = torch.randn(2, *batch[1].shape, generator=generator).to(mask.device)
     mask = mask.expand(2 * half, -1)
     loss, error = critic_loss(vla, critics, mask, batch, noise[0])
     numbers = {"critic_loss": loss.item()}
     if moves:
-        policy, temperature, logp = actor_loss(vla, critics, mask, batch, noise[1], half, how.clone, how.entropy)
+        policy, temperature, logp = actor_loss(
+            vla, critics, mask, batch, noise[1], half if demos else 0, how.clone, how.entropy
+        )
         loss = loss + policy + temperature
         numbers |= {"actor_loss": policy.item(), "log_prob": logp.item()}
     optimizer.zero_grad()  # to None: what has no gradient is left alone
@@ -372,6 +373,6 @@ def update(args, vla, critics, optimizer, actor, mask, demos, replay, moves, gen
     critics.follow(how.tau)
     with torch.no_grad():
         vla.log_std.clamp_(-4, 0)
-    for x, (i, _), e in zip((demos, replay), drawn, error.split(half)):
+    for x, (i, _), e in zip(sources, drawn, error.split(half)):
         x.priority.view(-1)[i] = e + 1e-3
     return numbers

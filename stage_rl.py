@@ -49,7 +49,7 @@ class Args:
     out: str  # the checkpoint to write, e.g. runs/metaworld-seed0/1-rl-drawer-open-new; D_rl/ is made beside it
     domain: str = "metaworld"  # domains/<name>.py
     algo: Literal["", "ppo", "sacfd"] = ""  # empty: the domain's ALGO; sacfd: few episodes, for a robot (sacfd.py)
-    env_steps: int = 150_000  # budget: decisions in all environments together
+    env_steps: int | None = None  # budget: decisions in all environments together; None: 150,000, or SACfD's 30,000
     converged: float = 0.97  # stop when this share of the last 100 training episodes succeeded
     envs: int = 16  # simulators in parallel, a process each
     rollout: int = 128  # decisions of each simulator between two updates
@@ -118,6 +118,7 @@ def story(args):
     instruction, dim = domain.INSTRUCTIONS[args.task], vla.head.mlp[0].in_features
     vla.log_std.data.fill_(np.log(args.std))
     algo = args.algo or domain.ALGO
+    budget = args.env_steps or (150_000 if algo == "ppo" else 30_000)
     if algo == "ppo":
         learn, rates, critic = train, args, Head(dim, 1).to(device)
     else:
@@ -151,11 +152,9 @@ def story(args):
         first = max(attempts(folder), default=-1) + 1
         made, attempted, decisions = record_successes(args, domain, vla, folder, first, lacking, noise=0.0)
         print(f"demonstrations: {made} zero-shot successes of {attempted} attempts, {decisions} decisions, in {folder}")
-        if not made:
-            raise Refusal(f"{args.parent} never succeeded at {args.task}: SACfD needs successes to start from; use PPO")
         counters["env_steps"] += decisions
     if not counters["finished"]:
-        for _ in learn(args, domain, vla, critic, optimizer, stage, counters, recent, best):
+        for _ in learn(args, budget, domain, vla, critic, optimizer, stage, counters, recent, best):
             if stage.due():
                 save()
         counters["finished"] = True
@@ -178,7 +177,7 @@ def story(args):
     evaluate_stage(out, domain, args.episodes, device, args.envs, vla)
 
 
-def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
+def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent, best):
     """PPO until convergence or the budget's end. Changes phi, the critic, `counters`, `recent` and `best`, the best
     head so far; yields after each iteration, when all of them belong together."""
     device, instruction = vla.device, domain.INSTRUCTIONS[args.task]
@@ -207,10 +206,10 @@ def train(args, domain, vla, critic, optimizer, stage, counters, recent, best):
     action = torch.zeros(T, N, A, device=device)
     logp, reward, term, trunc = (torch.zeros(T, N, device=device) for _ in range(4))
     over = torch.zeros(N, device=device)  # did the latest decision end its episode?
-    bar = tqdm(desc=f"RL {args.task}", total=args.env_steps, initial=counters["env_steps"], smoothing=0.1, unit="step")
+    bar = tqdm(desc=f"RL {args.task}", total=budget, initial=counters["env_steps"], smoothing=0.1, unit="step")
     t_total = t_update = 0.0
     try:
-        while counters["env_steps"] < args.env_steps:
+        while counters["env_steps"] < budget:
             began = time.time()
             generator = torch.Generator().manual_seed(hash((args.seed, counters["iteration"])) & 0x7FFFFFFF)
             # ----------------------------------------------------------------------
