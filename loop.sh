@@ -3,11 +3,15 @@
 #
 #   bash loop.sh metaworld 4                   four rounds on Meta-World; round i takes the i-th RL task
 #   bash loop.sh kitchen 2                     two rounds in Franka Kitchen
+#   bash loop.sh panda 2                       on a simulated Panda behind SERL's robot server, with SACfD
 #   SMOKE=1 bash loop.sh metaworld 1           every stage and file in a few minutes, too short to learn anything
 #
 # From the environment, all optional:
-#   RUN=name       the run's folder is runs/<name>       (default: the domain and the seed, smoke runs apart)
+#   RUN=name       the run's folder is runs/<name>       (default: domain, method if another, seed)
 #   SEED=0         weights, batches, exploration
+#   METHOD=ire-vla or ire-vla-freeze (stage 2 trains the head alone), ppo-replay (stage 1 trains the whole VLA),
+#                  sft-only (no stage 1)
+#   START=         a finished 0-sft to start from, such as another method's, instead of training one
 #   VLM=tiny       or a BLIP-2: a local folder, or a hub name such as Salesforce/blip2-opt-2.7b
 #   PYTHON=        an interpreter that has requirements.txt; default: .venv, made here on first use
 # Given again, the same command goes on where it stopped.
@@ -15,12 +19,13 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -ne 2 ] || ! [[ $2 =~ ^[0-9]+$ ]]; then
-  sed -n '2,13s/^# \{0,1\}//p' "$0"
+  sed -n '2,17s/^# \{0,1\}//p' "$0"
   exit 2
 fi
-DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-}
+DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-} METHOD=${METHOD:-ire-vla} START=${START:-}
 export AGAIN="bash loop.sh $DOMAIN $ROUNDS" # what a stopped stage tells the user to give again
-OUT=runs/${RUN:-$DOMAIN-seed$SEED${SMOKE:+-smoke}}
+NAME=$DOMAIN-$METHOD-seed$SEED${SMOKE:+-smoke}
+OUT=runs/${RUN:-${NAME/-ire-vla-seed/-seed}}
 
 source venv.sh
 
@@ -32,19 +37,32 @@ if [ -n "$SMOKE" ]; then
   RL="--env-steps 1500 --envs 8 --rollout 32 --warmup 1 --successes 2 --episodes 1"
   SFT="--steps 30 --batch 32 --episodes 1"
 fi
+case $METHOD in
+  ire-vla | sft-only) ;;
+  ire-vla-freeze) SFT+=" --freeze-vlm" ;;
+  ppo-replay) RL+=" --algo ppo --train-vlm" ;;
+  *) echo "error: unknown METHOD $METHOD: known are ire-vla, ire-vla-freeze, ppo-replay, sft-only" >&2 && exit 2 ;;
+esac
+if [ -n "$START" ] && [ ! -d "$OUT/0-sft" ]; then
+  mkdir -p "$OUT" && cp -r "$START" "$OUT/.0-sft.copy" && mv "$OUT/.0-sft.copy" "$OUT/0-sft"
+fi
 
-"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM" --announce
+"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM" --method "$METHOD" --announce
 
-"$PYTHON" stage0_sft.py --domain "$DOMAIN" --data "$DATA" --out "$OUT/0-sft" --vlm "$VLM" --seed "$SEED" $STAGE0
+[ -n "$START" ] ||
+  "$PYTHON" stage0_sft.py --domain "$DOMAIN" --data "$DATA" --out "$OUT/0-sft" --vlm "$VLM" --seed "$SEED" $STAGE0
 
 PARENT=0-sft
 for ((i = 1; i <= ROUNDS; i++)); do
   TASK=$("$PYTHON" -c "from domains import $DOMAIN as d; print(d.RL_TASKS[($i - 1) % len(d.RL_TASKS)])")
-  "$PYTHON" stage_rl.py --domain "$DOMAIN" --task "$TASK" --parent "$OUT/$PARENT" --out "$OUT/$i-rl-$TASK" \
-    --seed "$SEED" $RL
-  "$PYTHON" stage_sft.py --domain "$DOMAIN" --data "$DATA" --parent "$OUT/$i-rl-$TASK" --out "$OUT/$i-sft" \
+  if [ "$METHOD" != sft-only ]; then
+    "$PYTHON" stage_rl.py --domain "$DOMAIN" --task "$TASK" --parent "$OUT/$PARENT" --out "$OUT/$i-rl-$TASK" \
+      --seed "$SEED" $RL
+    PARENT=$i-rl-$TASK
+  fi
+  "$PYTHON" stage_sft.py --domain "$DOMAIN" --data "$DATA" --parent "$OUT/$PARENT" --out "$OUT/$i-sft" \
     --seed "$SEED" $SFT
   PARENT=$i-sft
 done
 
-"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM"
+"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM" --method "$METHOD"

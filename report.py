@@ -43,9 +43,10 @@ def announce(args):
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     plan = ["0-sft"]
     for i in range(1, args.rounds + 1):
-        plan += [f"{i}-rl-{domain.RL_TASKS[(i - 1) % len(domain.RL_TASKS)]}", f"{i}-sft"]
+        rl = f"{i}-rl-{domain.RL_TASKS[(i - 1) % len(domain.RL_TASKS)]}"
+        plan += [f"{i}-sft"] if args.method == "sft-only" else [rl, f"{i}-sft"]
     done = [p.name for p in stage_order(args.run)]
-    print(f"iRe-VLA on {args.domain}: {len(domain.EXPERT_TASKS)} expert, {len(domain.RL_TASKS)} RL and "
+    print(f"{args.method} on {args.domain}: {len(domain.EXPERT_TASKS)} expert, {len(domain.RL_TASKS)} RL and "
           f"{len(domain.UNSEEN_TASKS)} unseen tasks; VLM {args.vlm}, seed {args.seed}, {device}")  # fmt: skip
     print(f"  stages: {'  '.join(('[done] ' if s in done else '') + s for s in plan)}")
     print(f"  folder: {args.run}  (watch: tensorboard --logdir {args.run}; Ctrl-C and the same command goes on)")

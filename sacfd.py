@@ -261,7 +261,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
 
     demos = demonstrations(vla, Path(args.out).parent / "D_rl" / args.task, encode)
     h, mask = vla.encode(np.zeros((1, size, size, 3), np.uint8), [instruction])  # (1, M, D), (1, M)
-    left = budget - counters["env_steps"]
+    left = max(0, budget - counters["env_steps"])
     rows = counters.get("rows", 0) + 2 * (left // N) + 2  # at least every other row of a simulator is a decision
     replay = Replay(rows, N, *h.shape[1:], vla.config["action_dim"], device)
     replay.read(stage.folder, counters.get("rows", 0))
@@ -322,7 +322,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
                 success = float(np.mean(recent)) if recent else 0.0
                 if len(recent) == recent.maxlen and success > counters["best"]:
                     counters["best"] = success
-                    best.update({name: value.clone() for name, value in vla.head.state_dict().items()})
+                    best.update({name: p.detach().clone() for name, p in vla.named_parameters() if p.requires_grad})
             counters["iteration"] += 1
             counters["rows"] = replay.t
             seconds = time.time() - began

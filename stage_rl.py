@@ -60,6 +60,7 @@ class Args:
     minibatch: int = 512  # decisions of each gradient step
     lr: float = 1e-4  # of the head
     critic_lr: float = 1e-3  # of the critic
+    train_vlm: bool = False  # PPO through the whole VLA, theta too: the paper's PPO-Replay, and Fig. 4
     target_kl: float = 0.03  # an update stops when the policy has moved this far
     std: float = 0.25  # initial exploration deviation, in units of the action range
     warmup: int = 3  # iterations that train the critic alone
@@ -115,38 +116,45 @@ def story(args):
 
     vla = VLA.load(args.parent, args.domain, device)
     freeze(vla.vlm.parameters())
+    freeze(vla.theta(), not args.train_vlm)
     instruction, dim = domain.INSTRUCTIONS[args.task], vla.head.mlp[0].in_features
     vla.log_std.data.fill_(np.log(args.std))
     algo = args.algo or domain.ALGO
+    if args.train_vlm and algo != "ppo":
+        raise Refusal(
+            "--train-vlm goes with --algo ppo: SACfD's buffer holds latents, which last only while theta does"
+        )
     budget = args.env_steps or (150_000 if algo == "ppo" else 30_000)
     if algo == "ppo":
         learn, rates, critic = train, args, Head(dim, 1).to(device)
     else:
         learn, rates = train_sacfd, args.sacfd
         critic = Critics(dim, vla.config["action_dim"], args.sacfd.alpha).to(device)
-    actor, critical = [*vla.phi(), vla.log_std], [p for p in critic.parameters() if p.requires_grad]
+    learned = {name: p for name, p in vla.named_parameters() if p.requires_grad}  # phi, the deviation, perhaps theta
+    actor, critical = list(learned.values()), [p for p in critic.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(
         [{"params": actor, "lr": rates.lr}, {"params": critical, "lr": rates.critic_lr}], eps=1e-5, fused=True
     )
 
     tensors, counters = stage.load()
     counters = counters or {"iteration": 0, "env_steps": 0, "finished": False, "best": -1.0, "recent": []}
-    best = {k: v.clone() for k, v in vla.head.state_dict().items()}
+    best = {name: p.detach().clone() for name, p in learned.items()}
     if tensors:
-        vla.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
+        for name, p in learned.items():
+            p.data.copy_(tensors[f"vla.{name}"])
+            best[name].copy_(tensors[f"best.{name}"])
         critic.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("critic.")})
-        best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
-        vla.log_std.data.copy_(tensors["log_std"])
         load_optimizer(optimizer, tensors)
 
     def save():
-        state = {f"head.{k}": v for k, v in vla.head.state_dict().items()}
-        state |= {f"critic.{k}": v for k, v in critic.state_dict().items()}
-        state |= {f"best.{k}": v for k, v in best.items()} | {"log_std": vla.log_std.data}
+        state = {f"vla.{name}": p.data for name, p in learned.items()}
+        state |= {f"best.{name}": p for name, p in best.items()}
+        state |= {f"critic.{name}": p for name, p in critic.state_dict().items()}
         stage.save(state | optimizer_tensors(optimizer), {**counters, "recent": list(recent)})
 
     recent = deque(counters["recent"], maxlen=100)  # the last training episodes: 1 success, 0 time-out
-    print(f"stage 1: Eq. 3 on {args.task} ({instruction!r}) | {describe(vla)}, theta frozen")
+    moving = "theta too" if args.train_vlm else "theta frozen"
+    print(f"stage 1: Eq. 3 on {args.task} ({instruction!r}) | {describe(vla)}, {moving}")
     folder = out.parent / "D_rl" / args.task
     if algo == "sacfd" and not counters["iteration"] and (lacking := args.sacfd.demos - len(attempts(folder))) > 0:
         first = max(attempts(folder), default=-1) + 1
@@ -159,7 +167,8 @@ def story(args):
                 save()
         counters["finished"] = True
         save()
-    vla.head.load_state_dict(best)
+    for name, p in learned.items():
+        p.data.copy_(best[name])
 
     # ------------------------------------------------------------------------------------------------------------------
     # the task's successes: D_rl
@@ -198,11 +207,13 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
         return h.to(torch.bfloat16), mask
 
     seed = RL_SEED + 10_000 * args.seed + counters["iteration"]  # a resumed run does not repeat its first episodes
-    first = [encode(env.reset(seed=[seed + 1000 * int(i) for i in g])[0]) for env, g in zip(envs, groups)]
+    shown = [env.reset(seed=[seed + 1000 * int(i) for i in g])[0].copy() for env, g in zip(envs, groups)]
+    first = [encode(obs) for obs in shown]
     M, D = first[0][0].shape[1:]
     mask = first[0][1][:1]  # (1, M): one instruction
     h = torch.zeros(T + 1, N, M, D, dtype=torch.bfloat16, device=device)  # (T+1, N, M, D)
     h[T] = torch.cat([x for x, _ in first])
+    pictures = np.zeros((T + 1, N, size, size, 3), np.uint8) if args.train_vlm else None  # where h does not last
     action = torch.zeros(T, N, A, device=device)
     logp, reward, term, trunc = (torch.zeros(T, N, device=device) for _ in range(4))
     over = torch.zeros(N, device=device)  # did the latest decision end its episode?
@@ -215,6 +226,9 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
             # ----------------------------------------------------------------------
             # a rollout of T decisions in N simulators
             h[0] = h[T]
+            if args.train_vlm:  # theta has moved since these were encoded
+                pictures[0] = np.concatenate(shown)
+                h[0] = encode(pictures[0])[0]
             valid = torch.zeros(T, N, dtype=torch.bool, device=device)
 
             def decide(t, k):
@@ -236,13 +250,16 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
                     over[g] = torch.maximum(term[t, g], trunc[t, g])
                     recent.extend(int(e) for e, o in zip(end, end | cut) if o)
                     h[t + 1, g] = encode(obs)[0]
+                    if args.train_vlm:
+                        pictures[t + 1, g] = obs
+                        shown[k] = obs.copy()
                     if t + 1 < T:
                         decide(t + 1, k)
             counters["env_steps"] += int(valid.sum())
             success = float(np.mean(recent)) if recent else 0.0
             if len(recent) == recent.maxlen and success > counters["best"]:
                 counters["best"] = success
-                best.update({name: value.clone() for name, value in vla.head.state_dict().items()})
+                best.update({name: p.detach().clone() for name, p in vla.named_parameters() if p.requires_grad})
             # ----------------------------------------------------------------------
             # PPO on the stored latents
             t_rollout = time.time()
@@ -264,10 +281,14 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
             for _ in range(args.epochs):
                 for b in rows[torch.randperm(len(rows), generator=generator).to(device)].split(args.minibatch):
                     x = flat["h"][b].float()  # (b, M, D)
+                    if args.train_vlm and not (warm or moved):  # the only place where stage 1 needs the pictures again
+                        seen = pictures[:-1].reshape(T * N, size, size, 3)[b.cpu().numpy()]
+                        x = vla.encode(seen, [instruction] * len(b))[0].float()
                     new_logp = log_prob(flat["action"][b], vla.mean(x, mask), vla.log_std)
+                    norm_advantage = (flat["advantage"][b] - centre) / spread
                     policy, value_loss, kl, clipped = ppo_losses(
-                        new_logp, flat["logp"][b], (flat["advantage"][b] - centre) / spread, critic(x, mask)[:, 0],
-                        flat["target"][b], args.clip,
+                        new_logp, flat["logp"][b], norm_advantage, critic(x.detach(), mask)[:, 0], flat["target"][b],
+                        args.clip,
                     )  # fmt: skip
                     moved |= kl.item() > args.target_kl
                     loss = value_loss if warm or moved else value_loss + policy

@@ -13,8 +13,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from conftest import ROOT, Project, files, kill
+from safetensors.torch import load_file
 
 from data import ONLINE_SEED, attempts, open_episode
 from domains import metaworld
@@ -83,6 +85,26 @@ def test_smoke_loop_on_metaworld(tmp_path):
     before = {k: v for k, v in files(run).items() if not k.startswith("report")}
     project.must("bash", "loop.sh", "metaworld", "1", SMOKE="1")
     assert {k: v for k, v in files(run).items() if not k.startswith("report")} == before
+
+
+def test_the_baselines_are_variants_of_the_same_loop(undisturbed):
+    """METHOD= and START= in loop.sh: the same stage 0, without RL, with a frozen VLM, or with PPO through all of it."""
+    project, _ = undisturbed
+    start = "runs/toy-seed0-smoke/0-sft"
+    for method, stages in (
+        ("sft-only", ["0-sft", "1-sft"]),
+        ("ire-vla-freeze", ["0-sft", "1-rl-blue", "1-sft"]),
+        ("ppo-replay", ["0-sft", "1-rl-blue", "1-sft"]),
+    ):
+        out = project.must("bash", "loop.sh", "toy", "1", SMOKE="1", METHOD=method, START=start)
+        run = project.folder / f"runs/toy-{method}-seed0-smoke"
+        report = json.loads((run / "report.json").read_text())
+        assert [s["name"] for s in report["stages"]] == stages and report["method"] == method and method in out
+        vlms = [load_file(run / s / "vlm/model.safetensors") for s in stages]
+        same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(vlms, vlms[1:])]
+        assert same == {"sft-only": [False], "ire-vla-freeze": [True, True], "ppo-replay": [False, False]}[method]
+    code, _, err = project.run("bash", "loop.sh", "toy", "1", METHOD="magic")
+    assert code == 2 and "ppo-replay" in err
 
 
 def killed_often(folder, domain, kills, seconds, seed):

@@ -123,6 +123,21 @@ def test_rl_leaves_lora_bit_identical(project, backbone, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(vla.theta(), VLA.load(tmp_path / "1-rl-blue").theta(), strict=True))
 
 
+def test_ppo_through_the_whole_vla_moves_theta_and_resumes(project, checkpoint, tmp_path):
+    """The baseline, `--train-vlm`: the VLM changes, and what is saved on the way goes on as it was."""
+    command = (
+        "python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--parent", checkpoint, "--envs", "4",
+        "--rollout", "16", "--minibatch", "32", "--warmup", "0", "--successes", "1", "--episodes", "0", "--threads",
+        "1", "--train-vlm", "--out", tmp_path / "1-rl-blue",
+    )  # fmt: skip
+    project.must(*command, "--env-steps", "2000", STATE_EVERY="0")
+    old, new = (load_file(f / "vlm/model.safetensors") for f in (checkpoint, tmp_path / "1-rl-blue"))
+    moved = [k for k in old if not torch.equal(old[k], new[k])]
+    assert any("vision" in k for k in moved) and any("language_model" in k for k in moved)
+    code, _, err = project.run(*command, "--algo", "sacfd", "--out", tmp_path / "other")
+    assert code == 1 and "--train-vlm goes with --algo ppo" in err
+
+
 def test_d_rl_holds_successes_only(trained, toy):
     """Each recorded episode ends with the success that its header claims, and its labels are possible actions."""
     folder = trained[1].parent / "D_rl/blue"
