@@ -167,5 +167,7 @@ def import_minari(dataset: str, domain: str, data: str = "runs/D_e", image_size:
     print(f"{data}/{domain}: {', '.join(f'{n} {task}' for task, n in made.items())}")
 
 
+COMMANDS = {"import-minari": import_minari}
+
 if __name__ == "__main__":
-    main(lambda _: tyro.extras.subcommand_cli_from_dict({"import-minari": import_minari}, description=__doc__), None)
+    main(lambda _: tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__), None)

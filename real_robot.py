@@ -935,6 +935,7 @@ def classifier(frames: str, out: str, steps: int = 500):
     print(f"{out}: of {len(truth)} held-out pictures {false} false successes, {missed} missed")
 
 
+COMMANDS = {"check": check, "collect": collect, "train": train, "evaluate": evaluate, "classifier": classifier}
+
 if __name__ == "__main__":
-    steps = {"check": check, "collect": collect, "train": train, "evaluate": evaluate, "classifier": classifier}
-    main(lambda _: tyro.extras.subcommand_cli_from_dict(steps, description=__doc__), None)
+    main(lambda _: tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__), None)

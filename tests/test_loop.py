@@ -1,5 +1,6 @@
 """The whole loop: every stage and file, whatever interrupts it, and every command that it or a page names."""
 
+import functools
 import json
 import random
 import re
@@ -241,12 +242,16 @@ SCRIPTS = ["stage0_sft", "stage_rl", "stage_sft", "evaluate", "report"]
 
 def parses(words):
     """A script's own arguments accept a command line; prints what is wrong and exits otherwise."""
-    return tyro.cli(import_module(words[0].removesuffix(".py")).Args, args=words[1:])
+    module = import_module(words[0].removesuffix(".py"))
+    if hasattr(module, "COMMANDS"):  # a script with several steps: parse the step's arguments, and do nothing
+        step = module.COMMANDS[words[1]]
+        return tyro.cli(functools.wraps(step)(lambda *_, **given: given), args=words[2:])
+    return tyro.cli(module.Args, args=words[1:])
 
 
 def written_commands():
     """(where, command) of every command in a docstring, in loop.sh's head and, where it exists, in the README."""
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("domains/*.py"), *ROOT.glob("README.md")]
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("domains/*.py"), *ROOT.glob("*.md")]
     line = re.compile(r"^[#\s$]*((?:[A-Z]+=\S+ )*(?:python \w+\.py|bash \w+\.sh)(?: [^\n`]*)?)", re.M)
     for path in sources:
         for match in line.finditer(path.read_text()):
