@@ -115,6 +115,7 @@ class Setup:
     wrist: str = "sim:wrist"
     reward: str = "sim"  # keys, the path of a classifier, or sim
     takeover: str = ""  # how a person takes over: keys, spacemouse, or nothing
+    dry: str = ""  # anything: print what would be commanded, and send none of it
 
     @classmethod
     def from_environment(cls):
@@ -135,15 +136,22 @@ class Fault(Exception):
 
 
 class Link:
-    """One connection to the robot server, kept alive where the server does so. Every failure is a Fault."""
+    """One connection to the robot server, kept alive where the server does so. Every failure is a Fault. With `dry`
+    only what reads is sent; the rest is printed."""
 
-    def __init__(self, url):
+    READS = ("getstate", "sim/info", "sim/reset", "sim/look", "sim/camera")
+
+    def __init__(self, url, dry=False):
         address = urllib.parse.urlsplit(url)
+        self.dry = dry
         self.url, self.connection = url, http.client.HTTPConnection(address.hostname, address.port)
 
     def post(self, route, body=None, timeout=0.25, tries=1):
         """(bytes, headers) of the answer to POST /<route>. Only what may be done twice may be tried twice."""
         data = b"" if body is None else json.dumps(body, allow_nan=False).encode()
+        if self.dry and route not in self.READS:
+            print(f"  dry run, not sent: /{route} {data.decode()[:120]}", flush=True)
+            return b"", {}
         headers = {"Content-Type": "application/json"} if data else {}
         for left in reversed(range(tries)):
             try:
@@ -456,7 +464,7 @@ class Panda(gym.Env):
     def __init__(self, setup, task, image_size=64, horizon=60, limits=None, at_close=None):
         """Raises Refusal when there is no robot server, or when somebody else drives its robot."""
         self.setup, self.task, self.image_size, self.horizon = setup, task, image_size, horizon
-        self.link, self.cameras, self.scene, self.at_close = Link(setup.url), [], None, at_close
+        self.link, self.cameras, self.scene, self.at_close = Link(setup.url, bool(setup.dry)), [], None, at_close
         self.render_mode, self.state, self.picture = "rgb_array", None, None
         self.episodes, self.overruns, self.periods = 0, 0, []
         self.begin()
@@ -562,14 +570,14 @@ class Panda(gym.Env):
         # state is an old one. The server says no more, so a person must.
         far = np.linalg.norm(self.target[0] - self.place) > 0.01 if self.target else False
         moved = before is None or np.linalg.norm(self.place - before["pose"][:3]) > 0.001
-        self.still = self.still + 1 if far and not moved and force < 5 else 0
+        self.still = self.still + 1 if far and not moved and force < 5 and not self.link.dry else 0
         if self.still >= limits.still:
             same = np.array_equal(state["q"], before["q"])
             why = "and its state never changes: is the robot's state topic dead" if same else "a reflex, the user stop"
             raise Fault(f"the arm does not follow its commands ({why}?)", person=True)
         there = self.opening > 0.9 if self.gripper == "open" else self.opening < 0.1
         stuck = not there and abs(self.opening - self.opening_then) < 0.05
-        if stuck and self.decisions - self.gripped == limits.grip:
+        if stuck and self.decisions - self.gripped == limits.grip and not self.link.dry:
             raise Fault(f"the gripper was told to {self.gripper} and has not moved", person=True)
 
     def look(self):
@@ -712,6 +720,8 @@ class Panda(gym.Env):
             self.decisions += 1
             self.wait()
             self.measure()
+            if self.link.dry:
+                return True
             off = np.linalg.norm(place - self.place), np.linalg.norm((turn * self.turn.inv()).as_rotvec())
             if off[0] < 0.015 and off[1] < 0.1:
                 return True
@@ -723,6 +733,8 @@ class Panda(gym.Env):
         self.link.post("update_param", self.limits.compliance, self.limits.read, tries=2)
         self.tick, self.target = time.monotonic(), None
         self.measure()
+        if self.link.dry:
+            return
         if (off := np.abs(self.state["q"] - self.limits.reset_q).max()) > 0.05:
             raise Fault(f"the joint reset answered, but a joint is {off:.2f} rad from its target", person=True)
 

@@ -134,6 +134,25 @@ def test_the_expert_picks_up_every_object(robot):
         env.close()
 
 
+def test_a_dry_run_sends_no_command(robot, server, monkeypatch, capsys):
+    """ROBOT_DRY: pose, gripper and all else that commands is printed, the arm stays where it is, and nothing faults."""
+    monkeypatch.setenv("ROBOT_DRY", "1")
+    asked = []
+    request = http.client.HTTPConnection.request
+    monkeypatch.setattr(
+        http.client.HTTPConnection, "request", lambda *a, **k: (asked.append(a[2]), request(*a, **k))[1]
+    )
+    env = Panda(Setup.from_environment(), "pick-carrot", 64, 60)
+    env.reset(seed=1)
+    place = env.place.copy()
+    decisions, (_, _, success, cut, info) = drive(env, FORWARD * [1, 1, 1, 1, 1, 1, -1], 60)
+    env.close()
+    assert decisions == 60 and cut and not success and "fault" not in info
+    assert set(asked) <= {f"/{route}" for route in Link.READS}
+    assert np.abs(env.place - place).max() < 1e-3
+    assert (said := capsys.readouterr().out).count("/pose") >= 60 and "/close_gripper" in said
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is sent
 
