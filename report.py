@@ -5,15 +5,18 @@ what was forgotten.
 Reads the eval.json and summary.json of a run's finished stages; writes report.json, report.md, report.png beside them.
 
 python report.py --run runs/metaworld-seed0
+python report.py --table results/metaworld/ire-vla-seed0 results/metaworld/ire-vla-seed1 --out results/metaworld
 """
 
 from run import Refusal, main, read_json, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from scipy.stats import binomtest
 
 from evaluate import all_tasks, splits, wilson
 from model import load_domain
@@ -21,7 +24,9 @@ from model import load_domain
 
 @dataclass
 class Args:
-    run: str  # the run's folder
+    run: str = ""  # the run's folder
+    table: tuple[str, ...] = ()  # instead: put the reports of these folders side by side, as the paper's Table I
+    out: str = "."  # where --table writes table.md
     domain: str = ""  # domains/<name>.py; empty: what the run's first checkpoint says
     rounds: int = 0  # rounds planned, for --announce
     seed: int = 0  # the run's, for the record
@@ -76,6 +81,7 @@ def report(args):
             "name": stage.name, "seconds": done["seconds"], "env_steps": done["env_steps"],
             "splits": {split: count(names) for split, names in splits(domain).items()},
             "tasks": {t: count([t]) for names in splits(domain).values() for t in names},
+            "outcomes": {t: "".join(map(str, evaluated["tasks"][t]["success"])) for t in all_tasks(domain)},
         })  # fmt: skip
     return {
         "domain": domain.__name__.split(".")[-1], "method": args.method, "seed": args.seed, "vlm": args.vlm,
@@ -153,9 +159,70 @@ def picture(r, domain, path):
     plt.close(fig)
 
 
+def table(folders):
+    """The methods side by side after their last stage, beside stage 0 ("SFT"): table.md's text.
+
+    Seeds are pooled: k successes of n episodes, Wilson's interval, and the mean's spread over seeds. Raises Refusal for
+    reports of different protocols or rounds, which cannot be compared.
+    """
+    reports = [read_json(Path(folder) / "report.json") for folder in folders]
+    for r, folder in zip(reports, folders):
+        if r["domain"] != reports[0]["domain"] or r["protocol"] != reports[0]["protocol"]:
+            raise Refusal(f"{folder} has another domain or protocol than {folders[0]}: give those of one protocol")
+    domain = load_domain(reports[0]["domain"])
+    columns = {"expert": domain.EXPERT_TASKS, **{t: [t] for t in domain.RL_TASKS}}
+    columns |= {"RL tasks": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
+    rows = {"SFT (stage 0)": {r["seed"]: (r, r["stages"][0]) for r in reports}}
+    for r in reports:
+        rows.setdefault(r["method"], {})[r["seed"]] = (r, r["stages"][-1])
+
+    def cell(entries, names):
+        k = [sum(s["tasks"][t]["successes"] for t in names) for _, s in entries]
+        n = [sum(s["tasks"][t]["episodes"] for t in names) for _, s in entries]
+        low, high = wilson(sum(k), sum(n))
+        each = [a / b for a, b in zip(k, n)]
+        spread = f", seeds {min(each):.2f} to {max(each):.2f}" if len(each) > 1 else ""
+        return f"{sum(k) / sum(n):.2f} [{low:.2f}, {high:.2f}]{spread}"
+
+    lines = [f"# {reports[0]['domain']}, VLM {reports[0]['vlm']}: methods side by side", ""]
+    lines += ["Successes of all seeds' episodes together, 95 % Wilson interval, and the least and best seed.", ""]
+    lines += [f"| method (seeds) | {' | '.join(columns)} | minutes | environment steps |"]
+    lines += ["| --- " * (len(columns) + 3) + "|"]
+    for method, seeds in rows.items():
+        entries, first = list(seeds.values()), method.startswith("SFT")
+        spent = [r["stages"][:1] if first else r["stages"] for r, _ in entries]
+        minutes = sum(s["seconds"] for stages in spent for s in stages) / 60 / len(spent)
+        steps = sum(s["env_steps"] for stages in spent for s in stages) / len(spent)
+        cells = " | ".join(cell(entries, names) for names in columns.values())
+        lines += [f"| {method} ({', '.join(map(str, seeds))}) | {cells} | {minutes:.0f} | {steps:,.0f} |"]
+
+    lines += [
+        "",
+        "Paired on the initial states, seed by seed: episodes that one of two policies won and the other lost,",
+    ]
+    lines += ["and the two-sided sign test (McNemar's, exact).", ""]
+    lines += ["| | split | only the first | only the second | p |", "| --- | --- | --- | --- | --- |"]
+    for one, other in itertools.combinations(rows, 2):
+        for split, names in splits(domain).items():
+            wins, losses = 0, 0
+            for seed in rows[one].keys() & rows[other].keys():
+                a, b = (rows[method][seed][1].get("outcomes", {}) for method in (one, other))
+                for x, y in [pair for t in names for pair in zip(a.get(t, ""), b.get(t, ""))]:
+                    wins, losses = wins + (x > y), losses + (x < y)
+            if wins + losses:
+                p = binomtest(wins, wins + losses).pvalue
+                lines += [f"| {one} against {other} | {split} | {wins} | {losses} | {p:.2g} |"]
+    return "\n".join(lines) + "\n"
+
+
 def story(args):
     if args.announce:
         return announce(args)
+    if args.table:
+        text = table(args.table)
+        with whole(Path(args.out) / "table.md") as tmp:
+            tmp.write_text(text)
+        return print(text, end="")
     r = report(args)
     domain, folder = load_domain(r["domain"]), Path(args.run)
     write_json(folder / "report.json", r)

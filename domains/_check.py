@@ -18,17 +18,27 @@ import matplotlib.pyplot as plt
 
 
 def trial(domain, env, seed, noise):
-    """One episode of the expert, Gaussian `noise` (std) on all but the gripper: (success, decisions)."""
-    rng = np.random.default_rng(seed)
+    """One episode of the expert, Gaussian `noise` (std) on all but the gripper: (success, executed actions)."""
+    rng, actions = np.random.default_rng(seed), []
     env.reset(seed=seed)
     terminated = truncated = False
-    for decisions in range(1, 10_000):
+    while not (terminated or truncated):
         action = domain.expert(env)
         action[:-1] += noise * rng.standard_normal(len(action) - 1, dtype=np.float32)
+        actions.append(action)
         _, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            return terminated, decisions
-    raise RuntimeError(f"{env} never ends")
+    return terminated, actions
+
+
+def replayed(domain, task, episodes):
+    """How many of [(seed, actions), ...] succeed again, open loop, in an environment of their own."""
+    env = domain.make(task)
+    again = 0
+    for seed, actions in episodes:
+        env.reset(seed=seed)
+        again += [env.step(action)[2] for action in actions][-1]
+    env.close()
+    return again
 
 
 def main():
@@ -51,27 +61,25 @@ def main():
             cells = []
             for noise in (0.0, args.noise):
                 trials = [trial(domain, env, args.seed + i, noise) for i in range(args.episodes)]
-                lengths = [decisions for success, decisions in trials if success]
+                lengths = [len(actions) for success, actions in trials if success]
                 spread = f"{np.mean(lengths):.0f} ({max(lengths)})" if lengths else "-"
                 cells += [f"{len(lengths)}/{args.episodes}", spread]
             env.close()
+            noisy = [(args.seed + i, actions) for i, (success, actions) in enumerate(trials) if success][:10]
+            cells.append(f"{replayed(domain, task, noisy)}/{len(noisy)}")
             rows.append(f"| {task} | {split} | {' | '.join(cells)} | {domain.INSTRUCTIONS[task]} |")
             print(f"{time.time() - start:5.0f} s  {rows[-1]}", flush=True)
 
     command = (
         f"python -m domains._check {args.domain} --episodes {args.episodes} --noise {args.noise} --seed {args.seed}"
     )
-    head = [
-        "task",
-        "split",
-        "clean",
-        "decisions, mean (max)",
-        f"noise {args.noise:g}",
-        "decisions, mean (max)",
-        "instruction",
-    ]
+    took = "decisions, mean (max)"
+    head = ["task", "split", "clean", took, f"noise {args.noise:g}", took, "noisy ones replayed", "instruction"]
     lines = [f"# Scripted experts, {args.domain}", "", f"`{command}`", ""]
-    lines += ["Successful episodes, and how many decisions those took. " + f"Protocol: `{domain.PROTOCOL}`", ""]
+    lines += [
+        "Successful episodes, how many decisions those took, and how many of the noisy ones succeed again when their"
+    ]
+    lines += [f"actions are replayed from the same seed without looking. Protocol: `{domain.PROTOCOL}`", ""]
     lines += [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows, ""]
     (out / "experts.md").write_text("\n".join(lines))
 
