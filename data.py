@@ -125,10 +125,12 @@ class Episodes:
     def __len__(self):
         return len(self.frame)
 
-    def batch(self, rng, n):
-        """n random frames: image (n, H, W, 3) uint8, instructions (n strings), action (n, A) float32."""
+    def batch(self, rng, n, rank=0, world=1):
+        """n random frames: image (n, H, W, 3) uint8, instructions (n strings), action (n, A) float32. Of several
+        processes that draw the same n, this one gets each `world`-th from `rank` on."""
         index = np.searchsorted(self.cumulative, rng.random(n))
         index = index[np.lexsort((self.frame[index], self.episode[index]))]  # neighbours on disk are read together
+        index = index[rank::world]
         episode, frame = self.episode[index], self.frame[index]
         image = np.stack([self.images[e][int(t)] for e, t in zip(episode, frame)])
         action = np.stack([self.actions[e][t] for e, t in zip(episode, frame)])

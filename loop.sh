@@ -12,6 +12,8 @@
 #   METHOD=ire-vla or ire-vla-freeze (stage 2 trains the head alone), ppo-replay (stage 1 trains the whole VLA),
 #                  sft-only (no stage 1)
 #   START=         a finished 0-sft to start from, such as another method's, instead of training one
+#   SFT_LAUNCH=    what starts stages 0 and 2 instead of PYTHON, on this machine or one that shares the run's folder:
+#                  "torchrun --nproc-per-node 4", "srun --gpus 4 torchrun ...", "ssh host cd $PWD && torchrun ..."
 #   VLM=tiny       or a BLIP-2: a local folder, or a hub name such as Salesforce/blip2-opt-2.7b
 #   PYTHON=        an interpreter that has requirements.txt; default: .venv, made here on first use
 # Given again, the same command goes on where it stopped.
@@ -19,7 +21,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -ne 2 ] || ! [[ $2 =~ ^[0-9]+$ ]]; then
-  sed -n '2,17s/^# \{0,1\}//p' "$0"
+  sed -n '2,19s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-} METHOD=${METHOD:-ire-vla} START=${START:-}
@@ -50,7 +52,7 @@ fi
 "$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM" --method "$METHOD" --announce
 
 [ -n "$START" ] ||
-  "$PYTHON" stage0_sft.py --domain "$DOMAIN" --data "$DATA" --out "$OUT/0-sft" --vlm "$VLM" --seed "$SEED" $STAGE0
+  ${SFT_LAUNCH:-"$PYTHON"} stage0_sft.py --domain "$DOMAIN" --data "$DATA" --out "$OUT/0-sft" --vlm "$VLM" --seed "$SEED" $STAGE0
 
 PARENT=0-sft
 for ((i = 1; i <= ROUNDS; i++)); do
@@ -60,7 +62,7 @@ for ((i = 1; i <= ROUNDS; i++)); do
       --seed "$SEED" $RL
     PARENT=$i-rl-$TASK
   fi
-  "$PYTHON" stage_sft.py --domain "$DOMAIN" --data "$DATA" --parent "$OUT/$PARENT" --out "$OUT/$i-sft" \
+  ${SFT_LAUNCH:-"$PYTHON"} stage_sft.py --domain "$DOMAIN" --data "$DATA" --parent "$OUT/$PARENT" --out "$OUT/$i-sft" \
     --seed "$SEED" $SFT
   PARENT=$i-sft
 done

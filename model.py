@@ -46,7 +46,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.utils import logging as hf_logging
 
-from run import Refusal, read_json, read_tensors, versions, write_json
+from run import Refusal, ranks, read_json, read_tensors, together, versions, write_json
 
 hf_logging.disable_progress_bar()
 LORA_TARGETS = {  # regular expressions on module names
@@ -204,6 +204,11 @@ class VLA(nn.Module):
         """The head's action, (B, A) in units of the action range; not clipped, so that it can be trained."""
         return self.head(h, mask) * self.action_std + self.action_mean
 
+    def forward(self, images, instructions):
+        """o, l -> the action that SFT trains: (B, H, W, 3) uint8, B sentences -> (B, A)."""
+        h, mask = self.encode(images, instructions)  # (B, M, D), (B, M)
+        return self.mean(h.float(), mask)  # (B, A)
+
     def act(self, h, mask):
         """Act greedily: h (B, M, D) -> (B, A) in [-1, 1]."""
         return self.mean(h, mask).clamp(-1, 1)
@@ -221,9 +226,10 @@ class VLA(nn.Module):
 
     @classmethod
     def create(cls, vlm, instructions, action_dim, domain, image_size, lora_rank, lora_targets, dtype, folder):
-        """A new VLA around `vlm`: "tiny" (built in folder/vlm), a local BLIP-2 folder, or a name on the hub."""
-        if vlm == "tiny":
+        """A new VLA around `vlm`: "tiny" (built in folder/vlm, by rank 0), a local BLIP-2 folder, or a hub name."""
+        if vlm == "tiny" and ranks()[0] == 0:
             build_tiny(Path(folder) / "vlm", instructions, image_size)
+        together()
         config = {
             "vlm": vlm, "weights": "vlm" if vlm == "tiny" else vlm, "domain": domain, "action_dim": action_dim,
             "image_size": image_size, "dtype": dtype,

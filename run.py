@@ -65,6 +65,9 @@ def main(story, args):
         sys.exit(f"error: no space left on the disk of {Path.cwd()}: free some. {again()}")
     except KeyboardInterrupt:
         stopped()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,6 +131,33 @@ def read_tensors(path, device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun)
+
+
+def ranks():
+    """(this process's rank, how many there are): torchrun's, else (0, 1)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def together():
+    """Wait until every process is here."""
+    if ranks()[1] > 1:
+        torch.distributed.barrier()
+
+
+def mean_over_ranks(x):
+    """The mean of a scalar tensor over all processes, as a number."""
+    rank, world = ranks()
+    if world > 1:
+        torch.distributed.all_reduce(x := x.detach().clone())
+    return x.item() / world
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # A stage's folder
 
 
@@ -136,7 +166,7 @@ class Stage:
 
     args: the stage's arguments, a dataclass with `out`, the final folder, and perhaps `parent`. `decides` are those
     that decide the result: others, or another parent, are refused for the same folder.
-    `done` is True when the folder exists already: the caller returns at once.
+    `done` is True when the folder exists already: the caller returns at once. Of several processes, rank 0 writes.
     """
 
     def __init__(self, args):
@@ -156,7 +186,9 @@ class Stage:
                     f"{record.parent} was started with other arguments ({then_now}): "
                     f"give the first ones again, choose another RUN, or delete that folder"
                 )
-        elif not self.done:
+        together()  # everyone has seen what there was
+        self.writes = ranks()[0] == 0
+        if not record.exists() and not self.done and self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(record, {"args": args, "versions": versions()})
         self.writer, self.saved_at, self.began = None, time.time(), time.time()
@@ -169,13 +201,15 @@ class Stage:
         path = self.folder / "state.safetensors"
         log = self.folder / "log.jsonl"
         if not path.exists():
-            log.unlink(missing_ok=True)
+            if self.writes:
+                log.unlink(missing_ok=True)
             return {}, {}
         tensors, meta = read_tensors(path)
+        together()  # before rank 0 may write another
         counters = json.loads(meta["counters"])
         self.seconds = counters.pop("seconds")
         length = counters.pop("log_bytes")
-        if log.exists():
+        if log.exists() and self.writes:
             os.truncate(log, length)
         return tensors, counters
 
@@ -189,7 +223,7 @@ class Stage:
 
     def due(self):
         """Is it time to save again?"""
-        return time.time() - self.saved_at > STATE_EVERY
+        return self.writes and time.time() - self.saved_at > STATE_EVERY
 
     def elapsed(self):
         return self.seconds + time.time() - self.began
@@ -198,6 +232,8 @@ class Stage:
 
     def log(self, step, **values):
         """One line of log.jsonl and the same numbers for TensorBoard."""
+        if not self.writes:
+            return
         with open(self.folder / "log.jsonl", "a") as f:
             f.write(json.dumps({"step": step, "seconds": round(self.elapsed(), 1), **values}) + "\n")
         if self.writer is None:
@@ -236,7 +272,9 @@ def load_optimizer(optimizer, tensors):
 def pick_device(name=""):
     """`name`, or the GPU where there is one. Raises Refusal for a device that torch cannot use."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(
+            name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise Refusal(f"--device {name} cannot be used here ({error}); leave it out or give cpu") from error

@@ -19,7 +19,17 @@ Where the paper is silent or this differs from it:
 python stage0_sft.py --domain metaworld --out runs/metaworld-seed0/0-sft        2 CPU cores: 2 + 15 minutes
 """
 
-from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
+from run import (  # isort: skip  first, for Ctrl-C while torch is imported
+    Refusal,
+    Stage,
+    load_optimizer,
+    main,
+    mean_over_ranks,
+    optimizer_tensors,
+    pick_device,
+    ranks,
+    together,
+)
 
 import math
 import multiprocessing as mp
@@ -35,7 +45,7 @@ from tqdm import tqdm
 
 from data import EXPERT_SEED, Episodes, attempts, write_episode
 from evaluate import evaluate_stage
-from model import VLA, describe, load_domain
+from model import VLA, describe, freeze, load_domain
 
 
 @dataclass
@@ -143,32 +153,48 @@ def collect(args, domain, root):
 # Eq. 2
 
 
-def sft_loss(vla, images, instructions, action):
+def sft_loss(model, images, instructions, action, action_std):
     """Eq. 2's squared error for a batch, in units of each action dimension's deviation: images (B, H, W, 3) uint8, B
-    sentences, action (B, A) -> scalar."""
-    h, mask = vla.encode(images, instructions)  # (B, M, D), (B, M)
-    error = (vla.mean(h.float(), mask) - action) / vla.action_std  # (B, A)
+    sentences, action (B, A) -> scalar. model: a VLA, or the DistributedDataParallel around it."""
+    error = (model(images, instructions) - action) / action_std  # (B, A)
     return error.square().mean()
 
 
-def augment(images, pixels, rng):
+def draw_augmentation(n, pixels, rng, rank=0, world=1):
+    """The random numbers of `augment` for n images, or this rank's share of them."""
+    shift, factor = rng.integers(0, 2 * pixels + 1, (n, 2)), rng.uniform(0.6, 1.4, (n, 3))
+    order, recolour = rng.permuted(np.tile([0, 1, 2], (n, 1)), axis=1), rng.random(n) < 0.5
+    return [x[rank::world] for x in (shift, factor, order, recolour)]
+
+
+def augment(images, pixels, drawn):
     """Shift each image of (B, H, W, 3) uint8 by its own -pixels..pixels in x and y, repeating the edge (DrQ,
     2004.13649), and give half of them other colours: channels swapped, each with its own brightness."""
-    B, H, W, _ = images.shape
+    _, H, W, _ = images.shape
+    shift, factor, order, recolour = drawn
     padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
-    dy, dx = rng.integers(0, 2 * pixels + 1, (2, B))
-    images = np.stack([padded[b, dy[b] : dy[b] + H, dx[b] : dx[b] + W] for b in range(B)])
-    for b in np.flatnonzero(rng.random(B) < 0.5):
-        table = np.clip(np.arange(256)[:, None] * rng.uniform(0.6, 1.4, 3), 0, 255).astype(np.uint8)  # (256, 3)
-        images[b] = np.take_along_axis(table, images[b][..., rng.permutation(3)].reshape(-1, 3), 0).reshape(H, W, 3)
+    images = np.stack([padded[b, dy : dy + H, dx : dx + W] for b, (dy, dx) in enumerate(shift)])
+    for b in np.flatnonzero(recolour):
+        table = np.clip(np.arange(256)[:, None] * factor[b], 0, 255).astype(np.uint8)  # (256, 3)
+        images[b] = np.take_along_axis(table, images[b][..., order[b]].reshape(-1, 3), 0).reshape(H, W, 3)
     return images
+
+
+def parallel(vla):
+    """`vla` itself, or torch's DistributedDataParallel around it where torchrun has started several processes: each
+    takes its share of every batch, and gradients are averaged, so that the numbers are those of one process."""
+    if ranks()[1] == 1:
+        return vla
+    return torch.nn.parallel.DistributedDataParallel(vla, static_graph=True)  # static: not every weight is used
 
 
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
-    stage = Stage(args)
+    (rank, world), stage = ranks(), Stage(args)
     device = pick_device(args.device)
     if stage.done:
+        if rank:
+            return
         print(f"{out} is finished")
         torch.set_num_threads(1)
         return evaluate_stage(out, domain, args.episodes, device)
@@ -177,7 +203,9 @@ def story(args):
     steps = domain.STEPS if args.steps is None else args.steps
 
     root = Path(args.data) / args.domain
-    collect(args, domain, root)
+    if rank == 0:
+        collect(args, domain, root)
+    together()
     data = Episodes({root / task: 1.0 for task in domain.EXPERT_TASKS}, domain, args.image_size)
     sentences = sorted(set(domain.INSTRUCTIONS.values()))
     action_dim = data.actions[0].shape[1]
@@ -190,6 +218,8 @@ def story(args):
     vla.action_mean.copy_(actions.mean(0))
     vla.action_std.copy_(actions.std(0).clamp(min=0.05))
     trained = vla.theta() + vla.phi()
+    freeze(vla.parameters())
+    freeze(trained, False)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     average = torch.optim.swa_utils.AveragedModel(
         torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
@@ -203,9 +233,11 @@ def story(args):
             average.module[i].data.copy_(tensors[f"average.{i}"])
         average.n_averaged += 1
         load_optimizer(optimizer, tensors)
-    print(f"stage 0: Eq. 2 on {len(data):,} frames of {len(domain.EXPERT_TASKS)} tasks | {describe(vla)}")
+    if rank == 0:
+        print(f"stage 0: Eq. 2 on {len(data):,} frames of {len(domain.EXPERT_TASKS)} tasks | {describe(vla)}")
 
-    bar = tqdm(desc="stage 0 SFT", total=steps, initial=step, smoothing=0.02)
+    model = parallel(vla)
+    bar = tqdm(desc="stage 0 SFT", total=steps, initial=step, smoothing=0.02, disable=rank > 0)
     losses = []
     while step < steps:
         # ----------------------------------------------------------------------
@@ -214,8 +246,9 @@ def story(args):
         lr = args.lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, instructions, action = data.batch(rng, args.batch)
-        loss = sft_loss(vla, augment(images, args.shift, rng), instructions, torch.from_numpy(action).to(device))
+        images, instructions, action = data.batch(rng, args.batch, rank, world)
+        images = augment(images, args.shift, draw_augmentation(args.batch, args.shift, rng, rank, world))
+        loss = sft_loss(model, images, instructions, torch.from_numpy(action).to(device), vla.action_std)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -225,7 +258,7 @@ def story(args):
         average.update_parameters(torch.nn.ParameterList(trained))
         step += 1
         # ----------------------------------------------------------------------
-        losses.append(loss.item())
+        losses.append(mean_over_ranks(loss))
         if step % 50 == 0 or step == steps:
             stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
             bar.set_postfix(loss=f"{np.mean(losses):.3f}")
@@ -239,6 +272,8 @@ def story(args):
 
     for p, mean in zip(trained, average.module):
         p.data.copy_(mean)
+    if rank:
+        return
     vla.save(stage.folder, args=stage.decides, instructions=sentences)
     stage.finish(env_steps=0, frames=len(data))
     torch.set_num_threads(1)

@@ -16,7 +16,16 @@ Where the paper is silent or this differs from it:
 python stage_sft.py --parent runs/metaworld-seed0/1-rl-drawer-open-new --out runs/metaworld-seed0/1-sft
 """
 
-from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
+from run import (  # isort: skip  first, for Ctrl-C while torch is imported
+    Refusal,
+    Stage,
+    load_optimizer,
+    main,
+    mean_over_ranks,
+    optimizer_tensors,
+    pick_device,
+    ranks,
+)
 
 import math
 import os
@@ -31,7 +40,7 @@ from tqdm import tqdm
 from data import Episodes, attempts
 from evaluate import evaluate_stage
 from model import VLA, describe, freeze, load_domain
-from stage0_sft import augment, sft_loss
+from stage0_sft import augment, draw_augmentation, parallel, sft_loss
 
 
 @dataclass
@@ -57,9 +66,11 @@ class Args:
 
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
-    stage = Stage(args)
+    (rank, world), stage = ranks(), Stage(args)
     device = pick_device(args.device)
     if stage.done:
+        if rank:
+            return
         print(f"{out} is finished")
         torch.set_num_threads(1)
         return evaluate_stage(out, domain, args.episodes, device)
@@ -90,9 +101,11 @@ def story(args):
             average.module[i].data.copy_(tensors[f"average.{i}"])
         average.n_averaged += 1
         load_optimizer(optimizer, tensors)
-    print(f"stage 2: Eq. 4 on {len(data):,} frames of {len(weights)} tasks | {describe(vla)}")
+    if rank == 0:
+        print(f"stage 2: Eq. 4 on {len(data):,} frames of {len(weights)} tasks | {describe(vla)}")
 
-    bar = tqdm(desc="stage 2 SFT", total=args.steps, initial=step, smoothing=0.02)
+    model = parallel(vla)
+    bar = tqdm(desc="stage 2 SFT", total=args.steps, initial=step, smoothing=0.02, disable=rank > 0)
     losses = []
     while step < args.steps:
         # ----------------------------------------------------------------------
@@ -101,8 +114,9 @@ def story(args):
         lr = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, instructions, action = data.batch(rng, args.batch)
-        loss = sft_loss(vla, augment(images, args.shift, rng), instructions, torch.from_numpy(action).to(device))
+        images, instructions, action = data.batch(rng, args.batch, rank, world)
+        images = augment(images, args.shift, draw_augmentation(args.batch, args.shift, rng, rank, world))
+        loss = sft_loss(model, images, instructions, torch.from_numpy(action).to(device), vla.action_std)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -112,7 +126,7 @@ def story(args):
         average.update_parameters(torch.nn.ParameterList(trained))
         step += 1
         # ----------------------------------------------------------------------
-        losses.append(loss.item())
+        losses.append(mean_over_ranks(loss))
         if step % 50 == 0 or step == args.steps:
             stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
             bar.set_postfix(loss=f"{np.mean(losses):.3f}")
@@ -126,6 +140,8 @@ def story(args):
 
     for p, mean in zip(trained, average.module):
         p.data.copy_(mean)
+    if rank:
+        return
     vla.save(stage.folder, parent=args.parent, args=stage.decides)
     stage.finish(env_steps=0, frames=len(data))
     torch.set_num_threads(1)

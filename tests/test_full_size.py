@@ -68,14 +68,14 @@ def through_every_step(folder):
 
     optimizer = torch.optim.AdamW(vla.theta() + vla.phi(), lr=1e-3)  # stages 0 and 2
     began = time.time()
-    loss = sft_loss(vla, images[:1], sentences[:1], torch.full((1, 4), 0.3))
+    loss = sft_loss(vla, images[:1], sentences[:1], torch.full((1, 4), 0.3), vla.action_std)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     print(f"LoRA step: {time.time() - began:.1f} seconds, batch 1")
     with torch.no_grad():
         want = vla.act(*vla.encode(images, sentences))
-        assert sft_loss(vla, images[:1], sentences[:1], torch.full((1, 4), 0.3)) < loss
+        assert sft_loss(vla, images[:1], sentences[:1], torch.full((1, 4), 0.3), vla.action_std) < loss
     vla.save(f"{folder}/saved")
     del vla, optimizer, loss
     with torch.no_grad():

@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import files, kill
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from data import attempts, open_episode
 from domains import metaworld
 from evaluate import play
 from model import VLA
-from stage0_sft import augment
+from stage0_sft import augment, draw_augmentation
 
 ONE = """
 from domains.metaworld import *
@@ -93,7 +94,7 @@ def test_augment_shifts_and_recolours_without_mixing_pixels():
     """Each image moves by its own few pixels, about half get other colours, and the other half keep theirs exactly."""
     images = np.random.default_rng(0).integers(0, 256, (200, 12, 12, 3), np.uint8)
     before = images.copy()
-    out = augment(images, 3, np.random.default_rng(1))
+    out = augment(images, 3, drawn := draw_augmentation(200, 3, np.random.default_rng(1)))
     assert np.array_equal(images, before) and out.shape == images.shape and out.dtype == np.uint8
     padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
     kept = [
@@ -101,4 +102,40 @@ def test_augment_shifts_and_recolours_without_mixing_pixels():
         for b in range(200)
     ]
     assert 70 < sum(kept) < 130
-    assert torch.equal(*(torch.from_numpy(augment(images, 3, np.random.default_rng(2))) for _ in range(2)))
+    assert np.array_equal(augment(images, 3, drawn), out)
+    for rank in range(2):  # two processes do to their halves what one does to the whole
+        share = draw_augmentation(200, 3, np.random.default_rng(1), rank, 2)
+        assert np.array_equal(augment(images[rank::2], 3, share), out[rank::2])
+
+
+@pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
+def test_two_processes_train_as_one_does(project, checkpoint, stage):
+    """torchrun with two gloo processes: the loss curve and the weights of one process with the same global batch, to
+    rounding; stopped, and gone on with by one process, too."""
+    runs, data = project.folder / f"runs/ranks-{stage}", project.folder / f"runs/D_e-ranks-{stage}"
+    common = ["--domain", "toy", "--data", data, "--batch", "16", "--episodes", "0", "--threads", "1", "--steps", "20"]
+    first = ["stage0_sft.py", *common, "--demos", "2", "--image-size", "32", "--dtype", "float32"]
+    if stage == "stage_sft":
+        project.must("python", *first, "--steps", "1", "--out", runs / "0-sft")  # makes D_e
+        command = ["stage_sft.py", *common, "--parent", checkpoint]
+    else:
+        command = first
+    two = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    project.must("python", *command, "--out", runs / "one")
+    project.must(*two, "--out", runs / "two")
+    process = project.start(*two, "--out", runs / "resumed", STATE_EVERY="0")
+    while saved_step(runs / "resumed") < 3 and process.poll() is None:
+        time.sleep(0.02)
+    kill(process, signal.SIGTERM).wait()  # not SIGKILL: torchrun would leave its processes running
+    assert saved_step(runs / "resumed") < 20
+    project.must("python", *command, "--out", runs / "resumed")
+    log, heads = {}, {}
+    for name in ("one", "two", "resumed"):
+        log[name] = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
+        heads[name] = load_file(runs / name / "heads.safetensors")
+    for name in ("two", "resumed"):
+        assert [row["step"] for row in log[name]] == [row["step"] for row in log["one"]] and log[name]
+        if name == "two":  # the other one's line is of the steps since it went on
+            np.testing.assert_allclose(log[name][0]["loss"], log["one"][0]["loss"], rtol=1e-3)
+        for key, value in heads["one"].items():
+            torch.testing.assert_close(heads[name][key], value, atol=5e-3, rtol=5e-2)
