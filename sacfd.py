@@ -49,11 +49,11 @@ class SACfD:
     actor_every: int = 2  # gradient steps of the critics for one of the actor and the temperature (TD3 1802.09477)
     n_step: int = 5  # decisions whose rewards are summed before the critic is asked
     tau: float = 0.005  # share of the critics that goes into their slow copies at each gradient step
-    lr: float = 1e-4  # of the head
+    lr: float = 2e-4  # of the head
     critic_lr: float = 3e-4  # of the critics and the temperature
     alpha: float = 0.002  # initial temperature
     entropy: float = -1.0  # target entropy for each action dimension
-    clone: float = 0.1  # weight of behaviour cloning on the demonstrations
+    clone: float = 0.05  # weight of behaviour cloning on the demonstrations
     priority: float = 0.6  # exponent of prioritized replay
     importance: float = 0.4  # exponent of its importance weights
     warmup: int = 2000  # decisions before the actor moves
