@@ -6,6 +6,7 @@ hulls of its links. Physics does not change: only meshes that collide with nothi
 elsewhere, may be replaced.
 """
 
+import atexit
 import functools
 import os
 import weakref
@@ -90,11 +91,14 @@ class Picture:
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         except Exception as error:  # noqa: BLE001  each back end fails in its own way
             raise _refusal(error) from error
-        self.free = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten, and at exit
+        self.free = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten
+        self.free.atexit = False
+        _opened.append(self.free)
 
     def close(self):
         if self.free is not None:
             self.free()
+            _opened.remove(self.free)
             self.free = None
 
     def draw(self, data, size, height=None, view=None):
@@ -113,6 +117,10 @@ class Picture:
         mujoco.mjr_render(rect, self.scene, self.context)
         mujoco.mjr_readPixels(image, None, rect, self.context)
         return np.ascontiguousarray(image[::-1])  # OpenGL's rows run upwards
+
+
+_opened = []  # what frees contexts; at exit all are called, before MuJoCo ends EGL, for that would make them fail
+atexit.register(lambda: [free() for free in _opened])
 
 
 def _free(gl, context):
