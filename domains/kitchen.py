@@ -36,6 +36,7 @@ ACTION_REPEAT = 3  # steps of the stock environment (80 ms each) a decision
 CAMERA = {"lookat": [-0.27, 0.5, 2.2], "distance": 1.6, "azimuth": 62, "elevation": -22}
 NEAR = 0.3  # m, the same camera's distance when it looks at the hand
 NOISE, KICKS = 0.1, 0.06  # of the demonstrations, see stage0_sft.py
+VIEWS = 2  # in a picture
 STEPS = 4000  # of stage 0's optimizer
 PROTOCOL = {"horizon": HORIZON, "action_repeat": ACTION_REPEAT, "camera": CAMERA, "near": NEAR,
             "drawing": "no shadows, arm as hulls, 12 slices, 2 x 2 pixels averaged"}  # fmt: skip

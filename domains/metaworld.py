@@ -27,6 +27,7 @@ from run import Refusal
 HORIZON = 80  # decisions; the slowest expert, on door-lock with noise, needs up to 78
 ALGO = "ppo"  # of stage 1
 NOISE, KICKS = 0.2, 0.0  # of the demonstrations, see stage0_sft.py
+VIEWS = 1  # in a picture
 STEPS = 7000  # of stage 0's optimizer
 ACTION_REPEAT = 2  # steps of Meta-World (12.5 ms each) a decision
 CAMERA = {"lookat": [0.0, 0.68, 0.11], "distance": 1.05, "azimuth": 135, "elevation": -35}

@@ -45,6 +45,7 @@ import numpy as np
 HORIZON = 60  # decisions
 ALGO = "sacfd"  # of stage 1
 NOISE, KICKS = 0.2, 0.0  # of the demonstrations, see stage0_sft.py
+VIEWS = 2  # in a picture
 STEPS = 2500  # of stage 0's optimizer
 PERIOD = 0.1  # s, a decision
 LIFT = 0.07  # m that the object has to rise
