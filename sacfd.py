@@ -137,7 +137,9 @@ def actor_loss(vla, critics, mask, batch, noise, demonstrated, clone, entropy):
     value = critics.q(h, mask, a.clamp(-1, 1)).amin(0)                                 # (B,)
     critics.q.requires_grad_(True)
     apart = ((mean - action) / vla.action_std)[:demonstrated]
+    beyond = mean - mean.clamp(-1, 1)  # where the clip lets Q's gradient pass, nothing else would hold the mean
     loss = (alpha * logp - value).mean() + clone * apart.square().sum() / max(1, apart.numel())
+    loss = loss + beyond.square().mean()
     return loss, -critics.log_alpha * (logp.detach() + entropy * action.shape[1]).mean(), logp.detach().mean()
     # fmt: on
 
@@ -320,7 +322,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
                 counters["env_steps"] += int(valid.sum())
                 owed += how.utd * int(valid.sum())
                 success = float(np.mean(recent)) if recent else 0.0
-                if len(recent) == recent.maxlen and success > counters["best"]:
+                if len(recent) == recent.maxlen and success >= counters["best"]:  # of equals the later
                     counters["best"] = success
                     best.update({name: p.detach().clone() for name, p in vla.named_parameters() if p.requires_grad})
             counters["iteration"] += 1

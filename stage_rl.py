@@ -257,7 +257,7 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
                         decide(t + 1, k)
             counters["env_steps"] += int(valid.sum())
             success = float(np.mean(recent)) if recent else 0.0
-            if len(recent) == recent.maxlen and success > counters["best"]:
+            if len(recent) == recent.maxlen and success >= counters["best"]:  # of equals the later
                 counters["best"] = success
                 best.update({name: p.detach().clone() for name, p in vla.named_parameters() if p.requires_grad})
             # ----------------------------------------------------------------------
