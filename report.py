@@ -6,11 +6,13 @@ Reads the eval.json and summary.json of a run's finished stages; writes report.j
 
 python report.py --run runs/metaworld-seed0
 python report.py --table results/metaworld/ire-vla-seed0 results/metaworld/ire-vla-seed1 --out results/metaworld
+python report.py --curves runs/fig4-metaworld-seed0/s*/* --out runs/fig4-metaworld-seed0
 """
 
 from run import Refusal, main, read_json, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import itertools
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ from model import load_domain
 class Args:
     run: str = ""  # the run's folder
     table: tuple[str, ...] = ()  # instead: put the reports of these folders side by side, as the paper's Table I
-    out: str = "."  # where --table writes table.md
+    curves: tuple[str, ...] = ()  # instead: success over environment steps of these RL stages, as the paper's Fig. 4
+    out: str = "."  # where --table writes table.md, and --curves curves.png
     domain: str = ""  # domains/<name>.py; empty: what the run's first checkpoint says
     rounds: int = 0  # rounds planned, for --announce
     seed: int = 0  # the run's, for the record
@@ -215,9 +218,43 @@ def table(folders):
     return "\n".join(lines) + "\n"
 
 
+def curves(folders, path):
+    """Training success (share of the last 100 episodes) over environment steps: a panel for each task, a line for each
+    name of the folder above the stage's, such as fig4.sh's arms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks, names = {}, {}
+    for folder in map(Path, folders):
+        tasks.setdefault(read_json(folder / "summary.json")["task"], []).append(folder)
+        names.setdefault(folder.parent.name, f"C{len(names)}")
+    fig, axes = plt.subplots(1, len(tasks), figsize=(2 + 2.6 * len(tasks), 3), sharey=True, squeeze=False,
+                             layout="constrained")  # fmt: skip
+    for ax, (task, stages) in zip(axes[0], tasks.items()):
+        for folder in stages:
+            rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            x, y = [r["step"] / 1000 for r in rows], [r["success"] for r in rows]
+            ax.plot(x, y, color=names[folder.parent.name], label=folder.parent.name)
+        ax.set_title(task, fontsize=9, loc="left")
+        ax.set(xlabel="thousand environment steps", ylim=(0, 1.02))
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("training success")
+    handles = [plt.Line2D([], [], color=colour) for colour in names.values()]
+    fig.legend(handles, list(names), loc="outside lower center", ncols=len(names), frameon=False)
+    fig.savefig(path, dpi=130, format="png")
+    plt.close(fig)
+
+
 def story(args):
     if args.announce:
         return announce(args)
+    if args.curves:
+        with whole(Path(args.out) / "curves.png") as tmp:
+            curves(args.curves, tmp)
+        return print(f"{Path(args.out) / 'curves.png'}")
     if args.table:
         text = table(args.table)
         with whole(Path(args.out) / "table.md") as tmp:

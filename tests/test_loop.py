@@ -108,6 +108,20 @@ def test_the_baselines_are_variants_of_the_same_loop(undisturbed):
     assert code == 2 and "ppo-replay" in err
 
 
+def test_fig_4_compares_three_ways_of_rl(undisturbed):
+    """fig4.sh: from nothing and from stage 0 with everything trained, and the head alone; one picture of all."""
+    project, _ = undisturbed
+    budget = "--env-steps 1500 --envs 4 --rollout 16 --warmup 0"
+    out = project.must("bash", "fig4.sh", "toy", "runs/toy-seed0-smoke/0-sft", RL=budget)
+    run = project.folder / "runs/fig4-toy-seed0"
+    assert out.strip().endswith("curves.png") and (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    vlm = lambda folder: load_file(folder / "vlm/model.safetensors")  # noqa: E731
+    for arm, parent, moves in (("scratch", "untrained", True), ("sft-whole", "", True), ("sft-head", "", False)):
+        before = vlm(run / parent if parent else project.folder / "runs/toy-seed0-smoke/0-sft")
+        after = vlm(run / arm / "blue")
+        assert any(not torch.equal(before[k], after[k]) for k in before) is moves, arm
+
+
 def killed_often(folder, domain, kills, seconds, seed):
     """Gives the smoke command again and again, killing it at random instants of an undisturbed run's length."""
     project, draw = Project(folder), random.Random(seed)
