@@ -207,7 +207,8 @@ def parallel(vla):
     takes its share of every batch, and gradients are averaged, so that the numbers are those of one process."""
     if ranks()[1] == 1:
         return vla
-    return torch.nn.parallel.DistributedDataParallel(vla, static_graph=True)  # static: not every weight is used
+    # not every weight is used, in every step the same ones; static_graph=True says so too, but fails with no_sync
+    return torch.nn.parallel.DistributedDataParallel(vla, find_unused_parameters=True)
 
 
 def story(args):

@@ -12,8 +12,8 @@ from test_model import randomise
 import data
 from data import Episodes, write_episode
 from model import VLA, freeze
-from run import check_memory
-from stage0_sft import sft_gradient
+from run import Stage
+from stage0_sft import Args, sft_gradient
 
 ARGS = dict(lora_targets="language", dtype="bfloat16")
 
@@ -166,31 +166,55 @@ def test_frozen_weights_are_bfloat16_and_lora_float32(backbone, tmp_path):
 
 
 def test_torchrun_caches_accumulates_and_checkpoints(backbone, project, toy):
-    """Two processes with all three flags: the loss curve and the weights of one that has but the cache, to rounding.
-    What does not change the result may differ when a stage goes on."""
+    """Two processes with all three flags: loss and gradient of one that has but the cache, to rounding. Stage 2 goes on
+    with the same files."""
     runs, root = project.folder / "runs/economy", project.folder / "runs/D_e-economy"
     write_d_e(root / "toy", toy)
     command = [
         "stage0_sft.py", "--domain", "toy", "--data", root, "--demos", "3", "--image-size", "32", "--batch", "16",
         "--steps", "8", "--episodes", "0", "--threads", "1", "--vlm", backbone, "--lora-targets", "language",
-        "--dtype", "float32", "--cache",
+        "--dtype", "float32", "--cache", "--lr", "1e-2",
     ]  # fmt: skip
     two = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     project.must(*two, *command, "--out", runs / "two", "--accumulate", "3", "--checkpointing")
     assert len(list(root.glob("toy/*/.tokens-*/*.safetensors"))) == 6
     project.must("python", *command, "--out", runs / "one")
-    log = [json.loads((runs / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "two")]
-    np.testing.assert_allclose(log[1]["loss"], log[0]["loss"], rtol=1e-4)
-    for file in ("heads.safetensors", "adapter_model.safetensors"):
-        one, other = (load_file(runs / name / file) for name in ("one", "two"))
-        for key, value in one.items():
-            torch.testing.assert_close(other[key], value, atol=2e-4, rtol=1e-2)
+    one, other = (json.loads((runs / name / "log.jsonl").read_text()) for name in ("one", "two"))
+    np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)  # of the 8 steps
+    np.testing.assert_allclose(other["grad_norm"], one["grad_norm"], rtol=1e-2)  # of the last
+    project.must(
+        "python", "stage_sft.py", "--domain", "toy", "--data", root, "--parent", runs / "two", "--out", runs / "1-sft",
+        "--batch", "16", "--steps", "2", "--episodes", "0", "--threads", "1", "--cache", "--accumulate", "2",
+        "--checkpointing",
+    )  # fmt: skip
+    assert len(list(root.glob("toy/*/.tokens-*/*.safetensors"))) == 6
 
 
-def test_latents_that_do_not_fit_are_refused(project, checkpoint):
-    """One sentence says how large a rollout's latents would be, and what to make smaller."""
-    command = ["python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--parent", checkpoint, "--envs", "1"]
-    code, _, err = project.run(*command, "--out", project.folder / "runs/large/1-rl", "--rollout", "2000000000")
+def test_memory_flags_may_change_when_a_stage_goes_on(tmp_path):
+    """A stage that ran out of memory goes on with --accumulate; one from before --cache existed goes on without it."""
+    out = str(tmp_path / "0-sft")
+    Stage(Args(out=out))
+    record = tmp_path / ".0-sft.partial/stage.json"
+    value = json.loads(record.read_text())
+    del value["args"]["cache"]
+    record.write_text(json.dumps(value))
+    Stage(Args(out=out, accumulate=8, checkpointing=True))
+    assert "cache" in refused(Stage, Args(out=out, cache=True))
+
+
+@pytest.mark.parametrize(
+    "algo, large, remedies",
+    [
+        ("ppo", ["--rollout", "2000000000"], ["--rollout", "--envs"]),
+        ("sacfd", ["--env-steps", "2000000000", "--sacfd.demos", "0"], ["--env-steps"]),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(project, checkpoint, algo, large, remedies):
+    """One sentence says how large the stored latents would be, and what to make smaller."""
+    code, _, err = project.run(
+        "python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--parent", checkpoint, "--envs", "1",
+        "--out", project.folder / f"runs/large-{algo}/1-rl", "--algo", algo, *large,
+    )  # fmt: skip
     assert code == 1 and "Traceback" not in err
-    assert "GB" in (said := err.splitlines()[-1]) and "--rollout" in said and "--envs" in said
-    check_memory(1000, torch.device("cpu"), "a kilobyte's numbers", "")
+    said = err.splitlines()[-1]
+    assert "GB" in said and all(flag in said for flag in remedies)
