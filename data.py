@@ -151,8 +151,9 @@ class Episodes:
         Raises Refusal where SFT trains what makes them, and where a random sample of the files says something else.
         """
         if any(w.requires_grad for w in vla.image_side().values()):
-            raise Refusal("--cache is for a vision tower and Q-Former that are not trained: give stage 0 a pre-trained "
-                          "--vlm and --lora-targets language, or leave --cache out")  # fmt: skip
+            raise Refusal("--cache is for a frozen vision tower and Q-Former: delete the stage's .partial "
+                          "folder, and leave --cache out or give stage 0 a pre-trained --vlm and --lora-targets "
+                          "language")  # fmt: skip
         (rank, world), key, found = ranks(), vla.image_key(), []
         kept = [path.parent / f".tokens-{key}" / path.name for path in self.paths]
         for e in tqdm(range(rank, len(kept), world), desc="image tokens", disable=rank > 0):
