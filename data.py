@@ -12,18 +12,25 @@ An episode is one safetensors file (the whole interface between collecting, RL a
 
 Files are memory-mapped: a data set of any size costs memory only for the frames that are being used.
 
+With `--cache` the SFT stages keep beside the episodes what a frozen vision tower and Q-Former make of each image:
+<task>/.tokens-<key>/000017.safetensors, q (T, Q, D) bfloat16, 160 KB an image at the paper's size. Such a folder can be
+deleted at any time.
+
 python data.py import-minari --dataset D4RL/kitchen/complete-v2 --domain kitchen       human demonstrations into D_e
 """
 
-from run import Refusal, main, versions, whole  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, main, ranks, together, versions, whole  # isort: skip  first, for Ctrl-C while torch is imported
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tokens
 from tqdm import tqdm
 
 FORMAT = "ire-vla episode 1"
@@ -75,6 +82,14 @@ def open_episode(path):
     return handle, header
 
 
+def open_tokens(path):
+    """The memory-mapped handle of a file of image tokens, or None where there is no whole one."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError):
+        return None
+
+
 def attempts(folder):
     """The attempts whose episodes are in `folder`, as sorted numbers: 000017.safetensors is attempt 17."""
     return sorted(int(p.stem) for p in Path(folder).glob("[0-9]*.safetensors"))
@@ -88,7 +103,8 @@ class Episodes:
     """
 
     def __init__(self, folders, domain, image_size):
-        self.images, self.actions, self.instructions, self.episode, self.frame, chance = [], [], [], [], [], []
+        self.paths, self.images, self.actions, self.instructions = [], [], [], []  # an entry for each episode
+        self.episode, self.frame, chance = [], [], []  # for each frame
         name, protocol = domain.__name__.split(".")[-1], json.dumps(domain.PROTOCOL, sort_keys=True)
         for folder, weight in folders.items():
             begin = len(self.frame)
@@ -113,6 +129,7 @@ class Episodes:
                                   f"delete it and collect again")  # fmt: skip
                 self.frame += range(T)
                 self.episode += [len(self.images)] * T
+                self.paths.append(path)
                 self.images.append(frames)
                 self.actions.append(action)
                 self.instructions.append(header["instruction"])
@@ -125,14 +142,49 @@ class Episodes:
     def __len__(self):
         return len(self.frame)
 
+    @torch.no_grad()
+    def cache(self, vla):
+        """Put vla.image_tokens(image) in the place of every image, from files beside the episodes; makes those that are
+        missing, damaged, or of other pictures, each process its share. They are the pictures as recorded, so with a
+        cache there is no image augmentation: a VLM that has seen the world does not need it.
+
+        Raises Refusal where SFT trains what makes them, and where a random sample of the files says something else.
+        """
+        if any(w.requires_grad for w in vla.image_side().values()):
+            raise Refusal("--cache is for a frozen vision tower and Q-Former: delete the stage's .partial "
+                          "folder, and leave --cache out or give stage 0 a pre-trained --vlm and --lora-targets "
+                          "language")  # fmt: skip
+        (rank, world), key, found = ranks(), vla.image_key(), []
+        kept = [path.parent / f".tokens-{key}" / path.name for path in self.paths]
+        for e in tqdm(range(rank, len(kept), world), desc="image tokens", disable=rank > 0):
+            with open(self.paths[e], "rb") as f:
+                about = {"episode": hashlib.file_digest(f, "sha256").hexdigest()}
+            if (tokens := open_tokens(kept[e])) and tokens.metadata() == about:
+                found.append(e)
+                continue
+            q = [vla.image_tokens(x) for x in np.split(self.images[e][:], range(32, len(self.actions[e]), 32))]
+            with whole(kept[e]) as tmp:
+                save_tokens({"q": torch.cat(q).bfloat16().cpu()}, tmp, about)
+        rng = np.random.default_rng()  # another sample each time; nothing that is trained depends on it
+        for e in rng.choice(found, min(8, len(found)), replace=False):
+            t = int(rng.integers(len(self.actions[e])))
+            want = vla.image_tokens(self.images[e][t : t + 1])[0].float().cpu()  # (Q, D)
+            error = (open_tokens(kept[e]).get_slice("q")[t].float() - want).norm() / want.norm()
+            if not error < 0.05:  # bfloat16's rounding, also another machine's, is far below
+                raise Refusal(f"{kept[e]} is not what this VLM makes of {self.paths[e]}: delete {kept[e].parent}")
+        together()
+        self.images = [open_tokens(path).get_slice("q") for path in kept]
+
     def batch(self, rng, n, rank=0, world=1):
-        """n random frames: image (n, H, W, 3) uint8, instructions (n strings), action (n, A) float32. Of several
-        processes that draw the same n, this one gets each `world`-th from `rank` on."""
+        """n random frames: image (n, H, W, 3) uint8 or, once `cache` was called, their tokens (n, Q, D) bfloat16;
+        instructions (n strings), action (n, A) float32. Of several processes that draw the same n, this one gets each
+        `world`-th from `rank` on."""
         index = np.searchsorted(self.cumulative, rng.random(n))
         index = index[np.lexsort((self.frame[index], self.episode[index]))]  # neighbours on disk are read together
         index = index[rank::world]
         episode, frame = self.episode[index], self.frame[index]
-        image = np.stack([self.images[e][int(t)] for e, t in zip(episode, frame)])
+        image = [self.images[e][int(t)] for e, t in zip(episode, frame)]
+        image = torch.stack(image) if torch.is_tensor(image[0]) else np.stack(image)
         action = np.stack([self.actions[e][t] for e, t in zip(episode, frame)])
         return image, [self.instructions[e] for e in episode], action
 

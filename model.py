@@ -11,6 +11,8 @@ The vision-language-action model (paper Sec. IV-A), and its checkpoints.
     critic  the head's shape with one output; new at the start of each stage 1, never part of a checkpoint
 
 `encode` is everything before the head. In stage 1 it is frozen, so each image passes it once and only h is kept.
+`image_tokens` is encode's part before the language model. With LoRA in the language model alone, no stage changes it,
+and `--cache` of the SFT stages keeps what it gives on disk (data.py): there, too, each image passes it once.
 
 Where the paper is silent or this differs from it:
 1) Which language model: any BLIP-2; the 3B of the paper is taken to be Salesforce/blip2-opt-2.7b (a decoder whose
@@ -24,6 +26,8 @@ Where the paper is silent or this differs from it:
    trains it whole (theta is then all of the VLM), and the result plays the pre-trained VLM from there on.
 """
 
+import functools
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -36,6 +40,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoTokenizer,
     Blip2Config,
@@ -43,6 +48,7 @@ from transformers import (
     OPTConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.utils import logging as hf_logging
 
@@ -152,6 +158,15 @@ class VLA(nn.Module):
         lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[targets])
         self.vlm = get_peft_model(self.vlm, lora)
 
+    def checkpoint_layers(self):
+        """From now on keep only each layer's input for the backward pass, which computes the layer again: less memory,
+        a third more time. HF's own switch does nothing in eval mode, and train mode would bring dropout."""
+        for layer in self.blip.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = functools.partial(
+                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
+
     # --- o, l -> h
 
     def preprocess(self, images):
@@ -180,17 +195,39 @@ class VLA(nn.Module):
         M = query tokens + text tokens. Equal to the last hidden state of BLIP-2's own forward; the language model's
         output layer, which the action head replaces, is not computed.
         """
+        return self.language(self.image_tokens(images), instructions)
+
+    def image_tokens(self, images):
+        """Vision tower, Q-Former, projection: images (B, H, W, 3) uint8 -> what the language model gets, (B, Q, D)."""
+        with self.autocast():
+            return self.blip.get_image_features(self.preprocess(images)).pooler_output
+
+    def image_side(self):
+        """{name: weight} of all that makes image_tokens."""
+        weights = self.blip.state_dict(keep_vars=True)
+        return {name: w for name, w in weights.items() if not name.startswith("language_model.")}
+
+    def image_key(self):
+        """A name for what decides image_tokens, weights and preprocessing: where it differs, they do."""
+        blip, scale = self.blip.config, (self.image_mean.tolist(), self.image_std.tolist())
+        about = blip.vision_config.to_json_string() + blip.qformer_config.to_json_string()
+        digest = hashlib.sha256(f"{self.config['dtype']} {scale} {about} {list(self.image_side())}".encode())
+        for w in self.image_side().values():
+            digest.update(w.detach().flatten().view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()[:16]
+
+    def language(self, q, instructions):
+        """The language model on image tokens q (B, Q, D) and B sentences -> latents (B, M, D), mask (B, M)."""
         # fmt: off
         blip = self.blip
         ids, text_mask = self.tokenize(instructions)                                   # (B, L)
         with self.autocast():
-            q = blip.get_image_features(self.preprocess(images)).pooler_output         # (B, Q, D)
             e = blip.get_input_embeddings()(ids)                                       # (B, L, D)
-            x = torch.cat([q.to(e.dtype), e], dim=1)                                   # (B, M, D)
+            x = torch.cat([q.to(e), e], dim=1)                                         # (B, M, D)
             mask = torch.cat([text_mask.new_ones(q.shape[:2]), text_mask], dim=1)      # (B, M)
             lm = blip.language_model
             transformer = lm.get_encoder() if blip.config.text_config.is_encoder_decoder else lm.model
-            h = transformer(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
+            h = transformer(inputs_embeds=x, attention_mask=mask.long(), use_cache=False).last_hidden_state
         return h, mask                                                                 # (B, M, D), (B, M)
         # fmt: on
 
@@ -205,8 +242,10 @@ class VLA(nn.Module):
         return self.head(h, mask) * self.action_std + self.action_mean
 
     def forward(self, images, instructions):
-        """o, l -> the action that SFT trains: (B, H, W, 3) uint8, B sentences -> (B, A)."""
-        h, mask = self.encode(images, instructions)  # (B, M, D), (B, M)
+        """o, l -> the action that SFT trains: (B, H, W, 3) uint8, or their image_tokens (B, Q, D); B sentences ->
+        (B, A)."""
+        q = images if images.ndim == 3 else self.image_tokens(images)  # (B, Q, D)
+        h, mask = self.language(q, instructions)  # (B, M, D), (B, M)
         return self.mean(h.float(), mask)  # (B, A)
 
     def act(self, h, mask):

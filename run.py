@@ -34,13 +34,16 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a s
     # for Ctrl-C in the seconds in which torch is imported, before `main` runs; so the scripts import this file first
     sys.excepthook = lambda kind, *about: stopped() if kind is KeyboardInterrupt else sys.__excepthook__(kind, *about)
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "gymnasium", "mujoco", "metaworld", "numpy")
-FREE = ("parent", "data", "out", "device", "threads", "episodes")  # arguments that do not decide a stage's result
+FREE = (  # arguments that do not decide a stage's result
+    "parent", "data", "out", "device", "threads", "episodes", "accumulate", "checkpointing",
+)  # fmt: skip
 STATE_EVERY = float(os.environ.get("STATE_EVERY", 60))  # seconds between two saved states; the tests shorten it
 
 
@@ -175,11 +178,12 @@ class Stage:
         self.folder = self.out.with_name(f".{self.out.name}.partial")
         self.done = self.out.is_dir()
         parent = getattr(args, "parent", None)  # beside `out`, wherever the run's folder may have been moved
-        args = self.decides | {"parent": parent and os.path.relpath(parent, self.out.parent)}
+        kind, args = type(args), self.decides | {"parent": parent and os.path.relpath(parent, self.out.parent)}
         record = (self.out if self.done else self.folder) / "stage.json"
         if record.exists():
             old = read_json(record)["args"]
-            differ = [k for k in {**old, **args} if old.get(k) != args.get(k)]
+            old = {k: getattr(kind, k, None) for k in args} | old  # an argument newer than the record had its default
+            differ = [k for k in old if old[k] != args.get(k)]
             if differ:
                 then_now = "; ".join(f"{k}: {old.get(k)} then, {args.get(k)} now" for k in differ)
                 raise Refusal(
@@ -279,3 +283,12 @@ def pick_device(name=""):
     except (RuntimeError, AssertionError) as error:
         raise Refusal(f"--device {name} cannot be used here ({error}); leave it out or give cpu") from error
     return device
+
+
+def check_memory(size, device, what, instead):
+    """Say how large `what` is, `size` bytes on the device. Raises Refusal, with the way out, when that is not free."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    sentence = f"{what} take {size / 1e9:,.2f} GB of the {free / 1e9:,.2f} GB of memory that are free on {device}"
+    if size > free:
+        raise Refusal(f"{sentence}: {instead}")
+    print(sentence)

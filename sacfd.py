@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import RL_SEED, attempts, open_episode
 from evaluate import simulators
 from model import TokenLearner, load_domain
-from run import Refusal, read_tensors, whole
+from run import Refusal, check_memory, read_tensors, whole
 
 RANGE = 1.1  # the squashed action's, a little more than what the environment clips to: atanh(1) is infinite
 
@@ -265,6 +265,8 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
     h, mask = vla.encode(np.zeros((1, size, size, 3), np.uint8), [instruction])  # (1, M, D), (1, M)
     left = max(0, budget - counters["env_steps"])
     rows = counters.get("rows", 0) + 2 * (left // N) + 2  # at least every other row of a simulator is a decision
+    sure = rows * N if device.type == "cuda" else left  # a GPU's memory is taken at once, a CPU's as rows are written
+    check_memory(2 * sure * h[0].numel(), device, f"the latents of {left:,} decisions", "give a smaller --env-steps")
     replay = Replay(rows, N, *h.shape[1:], vla.config["action_dim"], device)
     replay.read(stage.folder, counters.get("rows", 0))
 

@@ -15,6 +15,9 @@ Where the paper is silent or this differs from it:
    half of them get other colours: a VLM that has seen the world would not need that, `tiny` has not.
 4) AdamW, linear warm-up, cosine to zero; the weights kept are an exponential moving average over the last steps.
 5) The `tiny` VLM is random, so all its weights are trained here; a pre-trained one gets LoRA, as in the paper.
+6) For a large VLM: `--lora-targets language --cache` computes the vision tower and the Q-Former once per image for all
+   SFT stages and keeps the result beside the episodes; images are then not augmented. `--accumulate 8` passes a batch
+   in 8 parts, `--checkpointing` keeps only the layers' inputs: neither changes the gradient.
 
 python stage0_sft.py --domain metaworld --out runs/metaworld-seed0/0-sft        2 CPU cores: 2 + 15 minutes
 """
@@ -31,6 +34,7 @@ from run import (  # isort: skip  first, for Ctrl-C while torch is imported
     together,
 )
 
+import contextlib
 import math
 import multiprocessing as mp
 import os
@@ -63,6 +67,9 @@ class Args:
     lr: float = 7e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
     shift: int = 4  # random image shift, pixels
+    cache: bool = False  # keep the frozen image side's outputs on disk, made once; images are then not augmented
+    accumulate: int = 1  # parts of each batch that pass the VLM one after the other; the same gradient, less memory
+    checkpointing: bool = False  # compute the VLM's layers again in the backward pass: less memory, more time
     lora_rank: int = 32  # of a pre-trained VLM's LoRA
     lora_targets: str = "all"  # all linear layers, or those of the language model only
     dtype: str = "bfloat16"  # of the VLM's arithmetic: bfloat16 or float32
@@ -160,6 +167,21 @@ def sft_loss(model, images, instructions, action, action_std):
     return error.square().mean()
 
 
+def sft_gradient(model, images, instructions, action, action_std, accumulate=1):
+    """Add the gradient of a batch's sft_loss to the weights' .grad and return the loss; arguments as there. The batch
+    passes in `accumulate` parts, one after the other; processes average their gradients once, with the last."""
+    B, total = len(action), 0.0
+    size = -(-B // accumulate)
+    for begin in range(0, B, size):
+        part, last = slice(begin, begin + size), begin + size >= B
+        with contextlib.nullcontext() if last or ranks()[1] == 1 else model.no_sync():
+            loss = sft_loss(model, images[part], instructions[part], action[part], action_std)
+            loss = loss * (len(action[part]) / B)
+            loss.backward()
+        total = total + loss.detach()
+    return total
+
+
 def draw_augmentation(n, pixels, rng, rank=0, world=1):
     """The random numbers of `augment` for n images, or this rank's share of them."""
     shift, factor = rng.integers(0, 2 * pixels + 1, (n, 2)), rng.uniform(0.6, 1.4, (n, 3))
@@ -185,7 +207,8 @@ def parallel(vla):
     takes its share of every batch, and gradients are averaged, so that the numbers are those of one process."""
     if ranks()[1] == 1:
         return vla
-    return torch.nn.parallel.DistributedDataParallel(vla, static_graph=True)  # static: not every weight is used
+    # not every weight is used, in every step the same ones; static_graph=True says so too, but fails with no_sync
+    return torch.nn.parallel.DistributedDataParallel(vla, find_unused_parameters=True)
 
 
 def story(args):
@@ -220,6 +243,10 @@ def story(args):
     trained = vla.theta() + vla.phi()
     freeze(vla.parameters())
     freeze(trained, False)
+    if args.checkpointing:
+        vla.checkpoint_layers()
+    if args.cache:
+        data.cache(vla)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     average = torch.optim.swa_utils.AveragedModel(
         torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
@@ -247,10 +274,11 @@ def story(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, instructions, action = data.batch(rng, args.batch, rank, world)
-        images = augment(images, args.shift, draw_augmentation(args.batch, args.shift, rng, rank, world))
-        loss = sft_loss(model, images, instructions, torch.from_numpy(action).to(device), vla.action_std)
+        if not args.cache:
+            images = augment(images, args.shift, draw_augmentation(args.batch, args.shift, rng, rank, world))
+        action = torch.from_numpy(action).to(device)
         optimizer.zero_grad()
-        loss.backward()
+        loss = sft_gradient(model, images, instructions, action, vla.action_std, args.accumulate)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not torch.isfinite(norm):
             raise Refusal(f"the loss is {loss.item()} at step {step}: delete {stage.folder} and give a smaller --lr")

@@ -21,7 +21,7 @@ Where the paper is silent or this differs from it:
 python stage_rl.py --task drawer-open-new --parent runs/metaworld-seed0/0-sft --out runs/metaworld-seed0/1-rl
 """
 
-from run import Refusal, Stage, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, Stage, check_memory, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
 
 import os
 import time
@@ -211,6 +211,8 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
     first = [encode(obs) for obs in shown]
     M, D = first[0][0].shape[1:]
     mask = first[0][1][:1]  # (1, M): one instruction
+    what = f"a rollout's latents, (rollout + 1) x envs x tokens x width = {T + 1} x {N} x {M} x {D} in bfloat16,"
+    check_memory(2 * (T + 1) * N * M * D, device, what, "give a smaller --rollout or --envs")
     h = torch.zeros(T + 1, N, M, D, dtype=torch.bfloat16, device=device)  # (T+1, N, M, D)
     h[T] = torch.cat([x for x, _ in first])
     pictures = np.zeros((T + 1, N, size, size, 3), np.uint8) if args.train_vlm else None  # where h does not last
@@ -265,7 +267,7 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
             t_rollout = time.time()
             torch.set_num_threads(args.threads)
             with torch.no_grad():
-                rows = h.flatten(0, 1).split(4096)
+                rows = h.flatten(0, 1).split(args.minibatch)
                 value = torch.cat([critic(x.float(), mask)[:, 0] for x in rows]).view(T + 1, N)  # (T+1, N)
             advantage = gae(reward, value, term, trunc, args.gamma, args.lam)  # (T, N)
             target = advantage + value[:-1]  # (T, N)

@@ -12,6 +12,7 @@ Where the paper is silent or this differs from it:
 2) AdamW from new moments, short warm-up, cosine to zero, moving average, augmentation, the error's unit: as in stage 0.
 3) `--freeze-vlm` trains phi alone: the paper's ablation iRe-VLA-freeze.
 4) The `tiny` VLM is trained whole here too (results/experiments.md compares that with LoRA: `--theta lora`).
+5) A large VLM: `--cache`, `--accumulate` and `--checkpointing` as in stage 0, whose image tokens of D_e are used again.
 
 python stage_sft.py --parent runs/metaworld-seed0/1-rl-drawer-open-new --out runs/metaworld-seed0/1-sft
 """
@@ -40,7 +41,7 @@ from tqdm import tqdm
 from data import Episodes, attempts
 from evaluate import evaluate_stage
 from model import VLA, describe, freeze, load_domain
-from stage0_sft import augment, draw_augmentation, parallel, sft_loss
+from stage0_sft import augment, draw_augmentation, parallel, sft_gradient
 
 
 @dataclass
@@ -58,6 +59,9 @@ class Args:
     lr: float = 2e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
     shift: int = 4  # random image shift, pixels
+    cache: bool = False  # keep the frozen image side's outputs on disk, made once; images are then not augmented
+    accumulate: int = 1  # parts of each batch that pass the VLM one after the other; the same gradient, less memory
+    checkpointing: bool = False  # compute the VLM's layers again in the backward pass: less memory, more time
     episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
     seed: int = 0  # of batches
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
@@ -88,6 +92,10 @@ def story(args):
     trained = vla.phi() if args.freeze_vlm else vla.theta() + vla.phi()
     freeze(vla.parameters())
     freeze(trained, False)
+    if args.checkpointing:
+        vla.checkpoint_layers()
+    if args.cache:
+        data.cache(vla)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     average = torch.optim.swa_utils.AveragedModel(
         torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
@@ -115,10 +123,11 @@ def story(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, instructions, action = data.batch(rng, args.batch, rank, world)
-        images = augment(images, args.shift, draw_augmentation(args.batch, args.shift, rng, rank, world))
-        loss = sft_loss(model, images, instructions, torch.from_numpy(action).to(device), vla.action_std)
+        if not args.cache:
+            images = augment(images, args.shift, draw_augmentation(args.batch, args.shift, rng, rank, world))
+        action = torch.from_numpy(action).to(device)
         optimizer.zero_grad()
-        loss.backward()
+        loss = sft_gradient(model, images, instructions, action, vla.action_std, args.accumulate)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not torch.isfinite(norm):
             raise Refusal(f"the loss is {loss.item()} at step {step}: delete {stage.folder} and give a smaller --lr")
