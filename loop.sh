@@ -14,6 +14,8 @@
 #   START=         a finished 0-sft to start from, such as another method's, instead of training one
 #   SFT_LAUNCH=    what starts stages 0 and 2 instead of PYTHON, on this machine or one that shares the run's folder:
 #                  "torchrun --nproc-per-node 4", "srun --gpus 4 torchrun ...", "ssh host cd $PWD && torchrun ..."
+#   SFT_ARGS=      further arguments of stages 0 and 2, for a large VLM "--cache --accumulate 8 --checkpointing"
+#                  (--cache also puts LoRA on the language model alone)
 #   VLM=tiny       or a BLIP-2: a local folder, or a hub name such as Salesforce/blip2-opt-2.7b
 #   PYTHON=        an interpreter that has requirements.txt; default: .venv, made here on first use
 # Given again, the same command goes on where it stopped.
@@ -21,7 +23,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -ne 2 ] || ! [[ $2 =~ ^[0-9]+$ ]]; then
-  sed -n '2,19s/^# \{0,1\}//p' "$0"
+  sed -n '2,21s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-} METHOD=${METHOD:-ire-vla} START=${START:-}
@@ -39,6 +41,8 @@ if [ -n "$SMOKE" ]; then
   RL="--env-steps 1500 --envs 8 --rollout 32 --warmup 1 --successes 2 --episodes 1"
   SFT="--steps 30 --batch 32 --episodes 1"
 fi
+[[ ${SFT_ARGS:-} != *--cache* ]] || STAGE0+=" --lora-targets language"
+STAGE0+=" ${SFT_ARGS:-}" SFT+=" ${SFT_ARGS:-}"
 case $METHOD in
   ire-vla | sft-only) ;;
   ire-vla-freeze) SFT+=" --freeze-vlm" ;;
