@@ -168,13 +168,9 @@ class Replay:
         t = self.t
         if t == len(self.reward):
             raise Refusal("the replay buffer is full: give a larger --env-steps")
-        self.action[t], self.reward[t], self.term[t], self.trunc[t], self.h[t + 1] = (
-            action,
-            reward,
-            term,
-            trunc,
-            h_after,
-        )
+        for name, value in zip(self.NAMES[1:], (action, reward, term, trunc)):
+            getattr(self, name)[t] = value
+        self.h[t + 1] = h_after
         self.priority[t] = valid * max(1.0, float(self.priority[:t].max())) if t else valid.float()
         self.t = t + 1
 

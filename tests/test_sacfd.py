@@ -107,25 +107,19 @@ def test_losses_move_what_they_should(tmp_path):
     """The critics' loss leaves the head alone, the actor's leaves the critics alone and clones demonstrations only."""
     vla, critics = make_vla(tmp_path), Critics(128, 2, 0.01)
     mask, noise = torch.ones(8, 2, dtype=torch.bool), torch.randn(8, 2)
-    batch = [
-        torch.randn(8, 2, 128),
-        torch.rand(8, 2),
-        torch.rand(8),
-        torch.rand(8),
-        torch.randn(8, 2, 128),
-        torch.ones(8),
-    ]
+    h, action, one, h_after = torch.randn(8, 2, 128), torch.rand(8, 2), torch.ones(8), torch.randn(8, 2, 128)
+    batch = [h, action, 0.5 * one, 0.9 * one, h_after, one]
     loss, error = critic_loss(vla, critics, mask, batch, noise)
     loss.backward()
     assert all(p.grad is None for p in [*vla.parameters(), *critics.slow.parameters()]) and error.shape == (8,)
     assert all(p.grad is not None for p in critics.q.parameters())
     critics.zero_grad()
-    one, _, _ = actor_loss(vla, critics, mask, batch, noise, 4, 1.0, -1.0)
-    one.backward()
+    first, _, _ = actor_loss(vla, critics, mask, batch, noise, 4, 1.0, -1.0)
+    first.backward()
     assert all(p.grad is None for p in critics.q.parameters()) and all(p.grad is not None for p in vla.phi())
     batch[1] = torch.cat([batch[1][:4], torch.rand(4, 2)])  # other actions, but not in demonstrations
-    two, _, _ = actor_loss(vla, critics, mask, batch, noise, 4, 1.0, -1.0)
-    assert two.item() == pytest.approx(one.item(), abs=1e-6)
+    second, _, _ = actor_loss(vla, critics, mask, batch, noise, 4, 1.0, -1.0)
+    assert second.item() == pytest.approx(first.item(), abs=1e-6)
 
 
 @pytest.fixture(scope="module")
