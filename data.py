@@ -8,7 +8,7 @@ An episode is one safetensors file (the whole interface between collecting, RL a
                                   mean; what was executed may have had noise on top (see stage0_sft.py, stage_rl.py)
     reward (T,) float32           1 where the decision succeeded, else 0
     header: strings               format, domain, task, instruction, source (expert or online), success, seed,
-                                  protocol (the domain's, JSON), versions (JSON)
+                                  protocol (the domain's, JSON; null where nobody knows it), versions (JSON)
 
 Files are memory-mapped: a data set of any size costs memory only for the frames that are being used.
 
@@ -16,17 +16,25 @@ With `--cache` the SFT stages keep beside the episodes what a frozen vision towe
 <task>/.tokens-<key>/000017.safetensors, q (T, Q, D) bfloat16, 160 KB an image at the paper's size. Such a folder can be
 deleted at any time.
 
-python data.py import-minari --dataset D4RL/kitchen/complete-v2 --domain kitchen       human demonstrations into D_e
+python data.py import --from minari --dataset D4RL/kitchen/complete-v2 --domain kitchen       demonstrations into D_e
+python data.py import --from lerobot --dataset user/drawers --domain metaworld --task drawer-open       the same
+python data.py export --to lerobot --data runs/D_e/metaworld --out drawers       and back, bit for bit, with `import`
 """
 
-from run import Refusal, main, ranks, together, versions, whole  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, main, ranks, read_json, together, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import hashlib
 import json
+import os
+import shutil
+import zlib
+from itertools import groupby
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -43,10 +51,10 @@ RL_SEED = 2_000_000  # stage 1's training environments
 EVAL_SEED = 9_000_000  # evaluation: the same episodes at every stage and for every method
 
 
-def write_episode(path, image, action, reward, *, domain, task, instruction, source, seed, protocol):
+def write_episode(path, image, action, reward, *, domain, task, instruction, source, seed, protocol, made_by=None):
     """Write one episode whole or not at all.
 
-    image (T, H, W, 3) uint8, action (T, A) float32 in [-1, 1], reward (T,) float32.
+    image (T, H, W, 3) uint8, action (T, A) float32 in [-1, 1], reward (T,) float32. made_by: versions, if not these.
     Raises ValueError for what is not an episode (shapes, NaN), Refusal when the disk is full.
     """
     image, action = np.ascontiguousarray(image, np.uint8), np.ascontiguousarray(action, np.float32)
@@ -58,7 +66,7 @@ def write_episode(path, image, action, reward, *, domain, task, instruction, sou
     header = {
         "format": FORMAT, "domain": domain, "task": task, "instruction": instruction, "source": source,
         "success": str(int(reward.max() > 0)), "seed": str(seed), "protocol": json.dumps(protocol, sort_keys=True),
-        "versions": json.dumps(versions()),
+        "versions": json.dumps(made_by or versions()),
     }  # fmt: skip
     with whole(path) as tmp:
         save_file({"image": image, "action": action, "reward": reward}, tmp, header)
@@ -111,7 +119,7 @@ class Episodes:
             for path in sorted(Path(folder).glob("[0-9]*.safetensors")):
                 handle, header = open_episode(path)
                 for key, want in (("domain", name), ("protocol", protocol)):
-                    if header[key] != want:
+                    if header[key] not in (want, "null"):  # null: imported, by somebody who knows that it fits
                         raise Refusal(
                             f"{path} was recorded with {key} {header[key]}, but this is {want}: delete its folder "
                             f"and give the command again, so that it is collected anew"
@@ -189,15 +197,140 @@ class Episodes:
         return image, [self.instructions[e] for e in episode], action
 
 
-def import_minari(dataset: str, domain: str, data: str = "runs/D_e", image_size: int = 64):
-    """Add a Minari data set's episodes to D_e, in the domain's pictures and actions. Downloads it where it is missing.
+# ----------------------------------------------------------------------------------------------------------------------
+# Interchange
+
+ABOUT = "meta/ire-vla.json"  # in a LeRobot data set made here: each episode's file and header
+
+
+def lerobot_dataset():
+    """LeRobot's own class. Its library and this project pin different releases, so only these two commands need it."""
+    try:
+        import datasets
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    except ImportError as error:
+        raise Refusal(f"lerobot cannot be imported here ({error}): it wants a venv of its own, see the README's "
+                      f"Interchange") from error  # fmt: skip
+    datasets.disable_progress_bars()  # one for each episode, beside ours
+    return LeRobotDataset
+
+
+def export_episodes(out: str, data: str = "runs/D_e/metaworld", to: Literal["lerobot"] = "lerobot", fps: int = 10):
+    """Write episodes as a LeRobot data set (v3, images as PNG, so that nothing is lost); `import` reads it back.
 
     Args:
-        dataset: its name, e.g. D4RL/kitchen/complete-v2.
-        domain: domains/<name>.py, which knows how its tasks are found in there.
-        data: D_e's folder; what is imported counts among a task's demonstrations.
-        image_size: pixels of the square image.
+        out: the data set's new folder.
+        data: every episode under this folder: a domain's D_e, a task's, or a run's D_rl.
+        to: the format.
+        fps: decisions a second; LeRobot wants to know, this project does not.
     """
+    out, partial = Path(out), Path(out).with_name(f".{Path(out).name}.partial")
+    if out.exists():
+        raise Refusal(f"{out} is there already: delete it, or give another --out")
+    LeRobotDataset, dataset, about = lerobot_dataset(), None, []
+    paths = [p for p in sorted(Path(data).rglob("[0-9]*.safetensors")) if not p.parent.name.startswith(".")]  # tokens
+    for path in tqdm(paths, desc=str(out)):
+        handle, header = open_episode(path)
+        image, action, reward = (handle.get_tensor(name) for name in ("image", "action", "reward"))
+        features = {
+            "observation.image": {"dtype": "image", "shape": image.shape[1:], "names": ["height", "width", "channels"]},
+            "action": {"dtype": "float32", "shape": action.shape[1:], "names": None},
+            "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
+        }
+        if dataset is None:
+            shutil.rmtree(partial, ignore_errors=True)
+            dataset, first = LeRobotDataset.create(out.name, fps, features, root=partial, use_videos=False), features
+        if features != first:
+            raise Refusal(f"{path} has images or actions of another size than {paths[0]}, and a LeRobot data set has "
+                          f"one of each: give --data one domain's or one task's folder")  # fmt: skip
+        for o, a, r in zip(image, action, reward):
+            dataset.add_frame({"observation.image": o, "action": a, "next.reward": r[None],
+                               "task": header["instruction"]})  # fmt: skip
+        dataset.save_episode()
+        about.append({"path": str(path.relative_to(data)), "header": header})
+    if not about:
+        raise Refusal(f"{data} holds no episodes: give --data a folder that does")
+    dataset.finalize()
+    write_json(partial / ABOUT, about)
+    os.replace(partial, out)
+    print(f"{out}: {len(about)} episodes")
+
+
+def import_episodes(
+    dataset: str, source: Annotated[Literal["lerobot", "minari"], tyro.conf.arg(name="from")], domain: str = "",
+    data: str = "runs/D_e", task: str = "", image_size: int = 64, image_key: str = "", action_key: str = "action",
+):  # fmt: skip
+    """Add a LeRobot or Minari data set's episodes to D_e; they count among a task's demonstrations.
+
+    Args:
+        dataset: a LeRobot data set's folder or hub name, or Minari's name for one, e.g. D4RL/kitchen/complete-v2.
+        source: whose data set it is.
+        domain: domains/<name>.py; needless for what `export` wrote.
+        data: D_e's folder. What `export` wrote gets back the paths that it had under export's --data.
+        task: LeRobot: the domain's task that it shows; needless for what `export` wrote.
+        image_size: pixels of the square image; what `export` wrote keeps its own.
+        image_key: LeRobot: the camera; empty: the only one.
+        action_key: LeRobot: the action, of the domain's kind, in [-1, 1].
+    """
+    if source == "minari":
+        import_minari(dataset, domain, data, image_size)
+    else:
+        import_lerobot(dataset, domain, data, task, image_size, image_key, action_key)
+
+
+def import_lerobot(dataset, domain, data, task, image_size, image_key, action_key):
+    """The episodes of a LeRobot data set. Those that `export` wrote are what they were, header and all; of others the
+    last decision is taken to be the one that succeeds. No episode that is there already is replaced."""
+    name, root, LeRobotDataset = dataset, Path(data), lerobot_dataset()
+    local = (Path(name) / "meta/info.json").exists()
+    try:
+        where = dict(repo_id=Path(name).name, root=name) if local else dict(repo_id=name)
+        dataset = LeRobotDataset(**where, video_backend="pyav")  # which brings FFmpeg along
+    except Exception as error:  # noqa: BLE001  whatever the library or the network has to say
+        said = " ".join(str(error).split())
+        raise Refusal(f"{name} is no LeRobot data set (version 3) that can be read ({said})") from error
+    ours = read_json(dataset.root / ABOUT) if (dataset.root / ABOUT).exists() else None
+    cameras = [image_key] if image_key else dataset.meta.camera_keys
+    if len(cameras) != 1 or not {*cameras, action_key} <= set(dataset.features):
+        raise Refusal(f"{name} has {', '.join(dataset.features)}: name its --image-key and --action-key")
+    if ours is None and not (domain and task):
+        raise Refusal(f"{name} was not exported from here: give the --domain and the --task that it shows")
+    if ours is not None and len(ours) != dataset.num_episodes:
+        raise Refusal(f"{name} was changed since {ABOUT} was written: delete that file to import it as a foreign one")
+    made, frames = 0, (dataset[i] for i in range(len(dataset)))
+    for e, episode in groupby(tqdm(frames, desc=name, total=len(dataset)), lambda frame: int(frame["episode_index"])):
+        episode = list(episode)
+        image = torch.stack([frame[cameras[0]] for frame in episode])  # (T, 3, H, W) in [0, 1]
+        action = torch.stack([frame[action_key] for frame in episode]).float()  # (T, A)
+        if not action.abs().max() <= 1:  # nor NaN
+            raise Refusal(f"{name} has actions outside [-1, 1] in episode {e}: save it with each dimension divided by "
+                          f"what the domain's action of 1 means in its units, then import that")  # fmt: skip
+        if ours is not None:
+            header, path = ours[e]["header"], root / ours[e]["path"]
+            if not path.resolve().is_relative_to(root.resolve()):
+                raise Refusal(f"{name} wants to write {path}, outside of {root}: do not trust it")
+            reward = [float(frame["next.reward"]) for frame in episode]
+            about = {key: header[key] for key in ("domain", "task", "instruction", "source", "seed")}
+            about |= {"protocol": json.loads(header["protocol"]), "made_by": json.loads(header["versions"])}
+        else:
+            # a thousand numbers for each --dataset, so that two of a task do not get in each other's way
+            seed = IMPORT_SEED + 1000 * (zlib.crc32(name.encode()) % 800) + e
+            path, reward = root / domain / task / f"{seed:06d}.safetensors", np.eye(len(episode))[-1]
+            about = dict(domain=domain, task=task, instruction=episode[0]["task"], source="expert", seed=seed)
+            about |= {"protocol": None}
+            side = min(image.shape[-2:])  # the middle square, then resized as VLA.preprocess does
+            top, left = ((n - side) // 2 for n in image.shape[-2:])
+            image = image[..., top : top + side, left : left + side]
+            image = F.interpolate(image, (image_size, image_size), mode="bicubic", antialias=True).clamp(0, 1)
+        if not path.exists():
+            image = (image * 255).round().byte().permute(0, 2, 3, 1)  # exact for what was a byte
+            write_episode(path, image.numpy(), action.numpy(), reward, **about)
+            made += 1
+    print(f"{data}: {made} of {dataset.num_episodes} episodes; the others were there already")
+
+
+def import_minari(dataset, domain, data, image_size):
+    """The episodes of a Minari data set, in the domain's pictures and actions. Downloads it where it is missing."""
     from model import load_domain
 
     module = load_domain(domain)  # before minari, which would have MuJoCo draw on a screen
@@ -221,7 +354,7 @@ def import_minari(dataset: str, domain: str, data: str = "runs/D_e", image_size:
     print(f"{data}/{domain}: {', '.join(f'{n} {task}' for task, n in made.items())}")
 
 
-COMMANDS = {"import-minari": import_minari}
+COMMANDS = {"import": import_episodes, "export": export_episodes}
 
 if __name__ == "__main__":
     main(lambda _: tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__), None)

@@ -31,9 +31,11 @@ import hashlib
 import importlib
 import json
 import multiprocessing
+import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -302,11 +304,11 @@ class VLA(nn.Module):
 
     @classmethod
     def load(cls, folder, domain=None, device="cpu"):
-        """The VLA of a checkpoint folder; nothing else is needed.
+        """The VLA of a checkpoint folder, or of a hub name such as user/name; nothing else is needed.
 
         domain: the caller's, to be checked. Raises Refusal when a file is missing or damaged, or the domain is another.
         """
-        folder = Path(folder)
+        folder = Path(snapshot(folder) if on_hub(folder) else folder)
         if not folder.is_dir():
             raise Refusal(f"{folder} is not a checkpoint folder: give the path of one, such as runs/<name>/0-sft")
         config = read_json(folder / "config.json")
@@ -333,6 +335,19 @@ class VLA(nn.Module):
             )
         vla.load_state_dict(heads, strict=False)
         return vla.to(device)
+
+
+def on_hub(name):
+    """Is this user/name on the Hugging Face hub, and not a path here?"""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))) and not Path(name).parent.exists()
+
+
+def snapshot(name):
+    """The local copy of a hub repository; downloads what is missing of it."""
+    try:
+        return huggingface_hub.snapshot_download(str(name))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{name} is neither a checkpoint folder nor on the hub ({str(error).splitlines()[0]})") from error
 
 
 def log_prob(action, mean, log_std):

@@ -2,7 +2,8 @@
 A run's report: success by stage and split with intervals, and the matrix of tasks over stages, which shows at a glance
 what was forgotten.
 
-Reads the eval.json and summary.json of a run's finished stages; writes report.json, report.md, report.png beside them.
+Reads the eval.json and summary.json of a run's finished stages; writes report.json, report.md, report.png beside them,
+and a model card, README.md, into the last stage's checkpoint, so that the folder can be uploaded to the hub as it is.
 
 python report.py --run runs/metaworld-seed0
 python report.py --table results/metaworld/ire-vla-seed0 results/metaworld/ire-vla-seed1 --out results/metaworld
@@ -21,7 +22,7 @@ import tyro
 from scipy.stats import binomtest
 
 from evaluate import all_tasks, splits, wilson
-from model import load_domain
+from model import load_domain, on_hub
 
 
 @dataclass
@@ -116,6 +117,27 @@ def markdown(r, domain):
     made_by = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
     lines += ["", f"Protocol: {protocol}.", "", f"Versions: {made_by}."]
     return "\n".join(lines) + "\n"
+
+
+def model_card(checkpoint, text):
+    """A checkpoint's README.md for the Hugging Face hub; text: the report's."""
+    config, lora = read_json(checkpoint / "config.json"), (checkpoint / "adapter_config.json").exists()
+    base = config["vlm"] if on_hub(config["vlm"]) else None  # `tiny` and a local folder are nobody's base model there
+    front = ["---", f"library_name: {'peft' if lora else 'transformers'}", *[f"base_model: {base}"] * bool(base)]
+    front += ["pipeline_tag: robotics", "tags: [robotics, vision-language-action, ire-vla]", "license: mit", "---"]
+    vlm = f"{checkpoint.name}/vlm" if config["weights"] == "vlm" else config["weights"]
+    lines = [
+        *front, "", f"A vision-language-action policy for {config['domain']}: an image and a sentence to an action. "
+        "Trained by iRe-VLA (arXiv 2501.16664), stage " + checkpoint.name + ".", "", "```python",
+        "from model import VLA  # iRe-VLA's model.py", "",
+        f"vla = VLA.load({checkpoint.name!r})  # this folder, or its name on the hub",
+        "action = vla.act(*vla.encode(images, sentences))  # (B, H, W, 3) uint8, B sentences -> (B, A) in [-1, 1]", "",
+        "# the VLM without the action head, by the libraries' own classes",
+        "from transformers import Blip2ForConditionalGeneration", *["from peft import PeftModel"] * lora, "",
+        f"vlm = Blip2ForConditionalGeneration.from_pretrained({vlm!r})",
+        *[f"vlm = PeftModel.from_pretrained(vlm, {checkpoint.name!r})"] * lora, "```", "", text,
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def picture(r, domain, path):
@@ -267,6 +289,10 @@ def story(args):
         tmp.write_text(markdown(r, domain))
     with whole(folder / "report.png") as tmp:
         picture(r, domain, tmp)
+    if r["stages"]:
+        last = folder / r["stages"][-1]["name"]
+        with whole(last / "README.md") as tmp:
+            tmp.write_text(model_card(last, markdown(r, domain)))
     for line in markdown(r, domain).splitlines()[4:]:
         if not line:
             break

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -53,7 +54,7 @@ class Refusal(Exception):
 
 def versions():
     """What made a result: {package: version}."""
-    return {name: version(name) for name in PACKAGES}
+    return {name: version(name) for name in PACKAGES if find_spec(name)}  # data.py also runs beside LeRobot
 
 
 def main(story, args):

@@ -1,8 +1,11 @@
 """Episode files are whole or refused, and every task is drawn equally often."""
 
 import errno
+import json
 import os
+import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -197,7 +200,7 @@ def test_minari_s_kitchen_episodes_become_demonstrations(tmp_path, monkeypatch):
     )  # fmt: skip
     stock.close()
 
-    data.import_minari("test/kitchen-v0", "kitchen", str(tmp_path / "D_e"), 32)
+    data.import_episodes("test/kitchen-v0", "minari", "kitchen", str(tmp_path / "D_e"), image_size=32)
     for task in ("slide-door-open", "light-on"):
         (k,) = attempts(tmp_path / "D_e/kitchen" / task)
         handle, header = open_episode(tmp_path / f"D_e/kitchen/{task}/{k:06d}.safetensors")
@@ -209,3 +212,99 @@ def test_minari_s_kitchen_episodes_become_demonstrations(tmp_path, monkeypatch):
     actions = open_episode(tmp_path / f"D_e/kitchen/slide-door-open/{k:06d}.safetensors")[0].get_tensor("action")
     assert any(env.step(a)[2] for a in [*actions, *[actions[-1]] * 5])
     env.close()
+
+
+def content(folder):
+    """{path: (header, image, action, reward)} of every episode under a folder."""
+    opened = {p.relative_to(folder): open_episode(p) for p in sorted(folder.rglob("*.safetensors"))}
+    names = ("image", "action", "reward")
+    return {p: (header, *(f.get_tensor(n).tobytes() for n in names)) for p, (f, header) in opened.items()}
+
+
+def test_lerobot_gives_back_what_it_was_given(tmp_path):
+    """Meta-World's demonstrations, exported and imported: the same files with the same bytes in them, header and all,
+    also where two tasks or D_e and D_rl have an episode of the same number. Given again, nothing is replaced."""
+    pytest.importorskip("lerobot")  # it has a venv of its own: see the README
+    from domains import metaworld
+
+    for task, k in (("drawer-open", 0), ("button-press", 0)):
+        env, (images, actions, rewards), ended = metaworld.make(task, 32), ([], [], []), False
+        obs, _ = env.reset(seed=k)
+        while not ended:
+            images.append(obs)
+            actions.append(metaworld.expert(env))
+            obs, reward, term, trunc, _ = env.step(actions[-1])
+            rewards.append(reward)
+            ended = term or trunc
+        env.close()
+        about = dict(
+            domain="metaworld", task=task, instruction=metaworld.INSTRUCTIONS[task], protocol=metaworld.PROTOCOL
+        )
+        for source, seed in (("expert", k), ("online", data.ONLINE_SEED + k)):
+            path = tmp_path / f"runs/{source}/{task}/{k:06d}.safetensors"
+            write_episode(path, images, actions, rewards, source=source, seed=seed, made_by={"torch": "0"}, **about)
+    (tmp_path / "runs/expert/drawer-open/.tokens-0").mkdir()
+    (tmp_path / "runs/expert/drawer-open/.tokens-0/000000.safetensors").write_bytes(b"not an episode")
+    data.export_episodes(str(tmp_path / "set"), str(tmp_path / "runs"))
+    shutil.rmtree(tmp_path / "runs/expert/drawer-open/.tokens-0")
+    data.import_episodes(str(tmp_path / "set"), "lerobot", data=str(tmp_path / "again"))
+    want = content(tmp_path / "runs")
+    assert len(want) == 4 and content(tmp_path / "again") == want
+    assert "there already" in refused(data.export_episodes, str(tmp_path / "set"), str(tmp_path / "runs"))
+
+    before = files(tmp_path / "again")
+    data.import_episodes(str(tmp_path / "set"), "lerobot", data=str(tmp_path / "again"))
+    assert files(tmp_path / "again") == before
+    about = json.loads((tmp_path / "set" / data.ABOUT).read_text())
+    about[0]["path"] = "../../stolen.safetensors"
+    (tmp_path / "set" / data.ABOUT).write_text(json.dumps(about))
+    assert "do not trust" in refused(data.import_episodes, str(tmp_path / "set"), "lerobot", "", str(tmp_path / "x"))
+
+
+def test_foreign_lerobot_data_become_demonstrations(toy, tmp_path):
+    """A data set that LeRobot's own class wrote, with two cameras of another shape: what is not said is asked for, and
+    the SFT stages draw from the result."""
+    pytest.importorskip("lerobot")
+    rng, T = np.random.default_rng(0), 6
+    for name, size in (("good", 1.0), ("wild", 3.0)):
+        cameras = {
+            f"observation.images.{c}": dict(dtype="image", shape=(24, 32, 3), names=["h", "w", "c"]) for c in "ab"
+        }
+        features = {**cameras, "act": dict(dtype="float32", shape=(2,), names=None)}
+        made = data.lerobot_dataset().create(name, 10, features, root=tmp_path / name, use_videos=False)
+        for e in range(2):
+            for _ in range(T):
+                frame = {c: np.full((24, 32, 3), 100 * e + 50, np.uint8) for c in cameras}
+                frame["observation.images.a"][:, :4] = frame["observation.images.a"][:, -4:] = 255  # beside the square
+                made.add_frame({**frame, "act": (size * rng.uniform(-1, 1, 2)).astype("f4"), "task": f"push {e}"})
+            made.save_episode()
+        made.finalize()
+
+    def give(name, **more):
+        return refused(
+            lambda: data.import_episodes(str(tmp_path / name), "lerobot", data=str(tmp_path / "D_e"), **more)
+        )
+
+    about = dict(domain="toy", task="red", image_size=8, image_key="observation.images.a", action_key="act")
+    assert "--task" in give("good", **{**about, "task": ""})
+    assert "observation.images.b" in give("good", **{**about, "image_key": ""})
+    assert "--action-key" in give("good", **{**about, "action_key": "action"})
+    assert "[-1, 1]" in give("wild", **about)
+    assert "no LeRobot data set" in give("nothing", **about)
+    assert not (tmp_path / "D_e").exists()
+    data.import_episodes(str(tmp_path / "good"), "lerobot", data=str(tmp_path / "D_e"), **about)
+    episodes = Episodes({tmp_path / "D_e/toy/red": 1.0}, toy, 8)
+    frames, sentences, actions = episodes.batch(np.random.default_rng(0), 50)
+    assert len(episodes) == 2 * T and set(sentences) == {"push 0", "push 1"} and actions.shape == (50, 2)
+    assert all((frame == 100 * int(sentence[-1]) + 50).all() for frame, sentence in zip(frames, sentences))
+    header = open_episode(episodes.paths[0])[1]
+    assert (header["success"], header["protocol"], header["source"]) == ("1", "null", "expert")
+    assert data.IMPORT_SEED <= int(header["seed"]) < data.ONLINE_SEED
+
+
+def test_without_lerobot_its_commands_say_so(tmp_path, monkeypatch):
+    """Where lerobot is not installed: one sentence, and nothing is written."""
+    monkeypatch.setitem(sys.modules, "lerobot.datasets.lerobot_dataset", None)
+    for command in (lambda: data.import_episodes("a/b", "lerobot"), lambda: data.export_episodes(str(tmp_path / "x"))):
+        assert "venv of its own" in refused(command)
+    assert not files(tmp_path)

@@ -49,6 +49,8 @@ def check_run(folder, domain, stages, demos, data):
         assert sum(split["episodes"] for split in stage["splits"].values()) == len(all_tasks(domain))
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert all(s in (run / "report.md").read_text() for s in stages)
+    assert [s for s in stages if (run / s / "README.md").exists()] == stages[-1:]  # the model card
+    assert stages[-1] in (run / stages[-1] / "README.md").read_text()
     assert not leftovers(folder / "runs")
     for task in domain.EXPERT_TASKS:
         assert len(attempts(data / task)) >= demos, task

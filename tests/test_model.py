@@ -1,13 +1,17 @@
 """The VLA equals what its parts are said to be, and a checkpoint is all of it."""
 
+import json
+
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import make_vla
+from conftest import make_vla, refused
 from peft import PeftModel
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast, T5Config
 
 from model import VLA, TokenLearner
+from report import model_card
 
 SENTENCES = ["push the red bead", "push", "push the red bead", "push the blue"]
 
@@ -131,6 +135,40 @@ def test_checkpoint_acts_as_what_was_saved(vla_and_save):
     assert [p.shape for p in loaded.theta()] == [p.shape for p in vla.theta()]
     assert all(torch.equal(a, b) for a, b in zip(vla.theta() + vla.phi(), loaded.theta() + loaded.phi(), strict=True))
     assert all(p.requires_grad for p in loaded.theta() + loaded.phi())
+
+
+def test_checkpoint_from_the_hub(checkpoint, tmp_path, monkeypatch):
+    """A hub name in the place of a folder is downloaded; what is a path here is not asked for elsewhere."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: asked.append(name) or str(checkpoint))
+    monkeypatch.chdir(tmp_path)
+    assert VLA.load("user/name", "toy").config == VLA.load(checkpoint).config and asked == ["user/name"]
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/0-sft", tmp_path / "0-sft", "0-sft", "../a/b"):
+        refused(VLA.load, path)
+    assert asked == ["user/name"]
+
+    def offline(name):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert "no network" in refused(VLA.load, "user/name")
+
+
+def test_model_card(vla_and_save, tmp_path, monkeypatch):
+    """The hub's own parser reads the card, and the Python in it runs, on what was saved."""
+    vla, save = vla_and_save
+    text = model_card(save(), "| stage | expert |")
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.library_name == ("peft" if vla.has_lora else "transformers") and card.data.license == "mit"
+    assert card.data.base_model is None and "ire-vla" in card.data.tags and "| stage | expert |" in card.text
+    monkeypatch.chdir(tmp_path)
+    given = {"images": pictures(32), "sentences": SENTENCES}
+    exec(text.split("```python")[1].split("```")[0], given)
+    assert given["action"].shape == (4, 2) and type(given["vlm"]).__name__.startswith("Peft") is vla.has_lora
+    config = json.loads((tmp_path / "child/config.json").read_text()) | {"vlm": "Salesforce/blip2-opt-2.7b"}
+    (tmp_path / "child/config.json").write_text(json.dumps(config))
+    assert huggingface_hub.ModelCard(model_card(tmp_path / "child", "")).data.base_model == config["vlm"]
 
 
 def test_peft_reads_the_adapter(backbone, tmp_path):
