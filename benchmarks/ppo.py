@@ -5,6 +5,7 @@ critic, the same minibatches, epochs, clip, Adam. Ours is `ppo_update` of stage_
 RolloutBuffer, so neither side has simulators. Ours keeps latents in bfloat16, theirs in float32. They take turns;
 medians. Writes results/benchmarks/ppo.json. Needs `pip install stable-baselines3`.
 
+python benchmarks/ppo.py
 python benchmarks/ppo.py --tokens 36 --dim 2560 --decisions 256 --minibatch 64          the paper's latents
 """
 
