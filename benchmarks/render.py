@@ -1,12 +1,12 @@
 """A rendered decision of our domains beside the stock environment's, at the same size. python benchmarks/render.py
 
-A decision is some steps of physics and one picture. In the kitchen ours is two views of half the size, so there are two
-ratios: against as many stock pictures, whole ones, for a stock picture takes as long at any size; and against one.
-Theirs is gym.make("Meta-World/MT1" or "FrankaKitchen-v1", render_mode="rgb_array"), as many step() and render(), with the
-camera put where ours is and Mesa's threads as they come. Each simulator has a process of its own (two MuJoCo renderers in
-one process can corrupt each other); one or two of them work at the same time, and the sides take turns, so that only one
-side does. Medians over rounds of the decisions a second of all processes. Writes results/benchmarks/render.json and
-render.png.
+A decision is some steps of physics and one picture. In the kitchen ours is two views of half the size, so there are
+two ratios: against as many stock pictures, whole ones, for a stock picture takes as long at any size; and against one.
+Theirs is gym.make("Meta-World/MT1" or "FrankaKitchen-v1", render_mode="rgb_array"), as many step() and render(), with
+the camera put where ours is and Mesa's threads as they come. Each simulator has a process of its own (two MuJoCo
+renderers in one process can corrupt each other); one or two of them work at the same time, and the sides take turns,
+so that only one side does. Medians over rounds of the decisions a second of all processes. Writes
+results/benchmarks/render.json and render.png.
 """
 
 import argparse
