@@ -14,7 +14,7 @@ python plan.py --domain metaworld --vlm tiny
 python plan.py --domain kitchen --vlm /models/blip2-opt-2.7b --stage0="--lora-targets language --batch 32"
 """
 
-from run import Refusal, check_memory, main, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, check_memory, main, pick_device, read_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import contextlib
 import math
@@ -175,14 +175,11 @@ def simulator(domain, image_size):
 def speeds(args, source, stage0, sentences, action_dim, c, c0, folder, device):
     """Seconds of an image encoded and of an SFT sample, each in a small batch, of PPO's update for one row, and how
     they were found."""
-    here = (
-        args.vlm == "tiny"
-        or list(Path(source).glob("*.safetensors"))
-        or any(
-            isinstance(try_to_load_from_cache(source, name), str)
-            for name in ("model.safetensors", "model.safetensors.index.json")
-        )
-    )
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if Path(source).is_dir():
+        here = any((Path(source) / name).exists() for name in names)
+    else:
+        here = any(isinstance(try_to_load_from_cache(source, name), str) for name in names)
     if not here:
         n, dtype = 1024, getattr(torch, stage0.dtype)
         a, b = torch.ones(n, n, dtype=dtype, device=device), torch.ones(n, n, dtype=dtype, device=device)
@@ -272,6 +269,8 @@ def story(args):
     left = announce(args, domain)
     if not left:
         return
+    if "0-sft" not in left:  # loop.sh's START, perhaps with another VLM
+        args.vlm = read_json(Path(args.run) / "0-sft/config.json")["vlm"]
     given = ["--parent", "", "--out", "", "--domain", args.domain]
     stage0 = tyro.cli(stage0_sft.Args, args=[*given[2:], "--vlm", args.vlm, *shlex.split(args.stage0)])
     rl = tyro.cli(stage_rl.Args, args=["--task", domain.RL_TASKS[0], *given, *shlex.split(args.rl)])
@@ -313,6 +312,7 @@ def story(args):
     act = (decision + encode) / cores if device.type == "cpu" else max(decision / cores, encode)
     missing = sum(max(0, stage0.demos - len(attempts(Path(args.data) / args.domain / t))) for t in domain.EXPERT_TASKS)
     once = stage0.demos * len(domain.EXPERT_TASKS) * episode * encode if stage0.cache else 0
+    update = sample if rl.train_vlm else update
     gradient = update * (rl.epochs if algo == "ppo" else 3 * rl.sacfd.utd * rl.sacfd.batch)  # three networks in SACfD
     test = lambda a: a.episodes * len(all_tasks(domain)) * episode * act  # noqa: E731
     took = {

@@ -1,6 +1,7 @@
 """The plan before a run: it counts what the real model has, and what does not fit is refused with a way out."""
 
 import re
+import shutil
 
 import torch
 from conftest import make_vla
@@ -45,6 +46,13 @@ def test_plan_says_what_a_run_takes(project):
                  "decisions/s", "minutes: D_e"):  # fmt: skip
         assert said in out, out
     assert not (project.folder / "runs/planned").exists()
+
+
+def test_plan_before_the_weights_are_here(project, backbone, tmp_path):
+    """A VLM of which there is only the configuration is planned too, by the speed of a matrix product."""
+    shutil.copytree(backbone, folder := tmp_path / "vlm", ignore=shutil.ignore_patterns("*.safetensors"))
+    out = project.must("python", "plan.py", "--domain", "toy", "--run", "runs/planned", "--vlm", folder)
+    assert "its weights are not here" in out and "minutes" in out
 
 
 def test_what_does_not_fit_is_refused(project):
