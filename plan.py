@@ -275,7 +275,8 @@ def story(args):
     stage0 = tyro.cli(stage0_sft.Args, args=[*given[2:], "--vlm", args.vlm, *shlex.split(args.stage0)])
     rl = tyro.cli(stage_rl.Args, args=["--task", domain.RL_TASKS[0], *given, *shlex.split(args.rl)])
     sft = tyro.cli(stage_sft.Args, args=[*given, *shlex.split(args.sft)])
-    algo, steps, device = rl.algo or domain.ALGO, stage0.steps or domain.STEPS, pick_device(stage0.device)
+    algo, device = rl.algo or domain.ALGO, pick_device(stage0.device)
+    steps = domain.STEPS if stage0.steps is None else stage0.steps
     budget = rl.env_steps or (150_000 if algo == "ppo" else 30_000)
     sentences, rounds = sorted(set(domain.INSTRUCTIONS.values())), len([s for s in left if s.endswith("-sft")])
     action_dim, per_simulator, decision = simulator(domain, stage0.image_size)
@@ -297,10 +298,12 @@ def story(args):
         c2 = count(*how, freeze_vlm=sft.freeze_vlm, cache=sft.cache, checkpointing=sft.checkpointing)
         print(f"VLM: {c0.parameters / 1e6:,.2f} M weights, theta {c0.theta / 1e6:,.2f} M; an image is {c1.tokens} "
               f"tokens of {c1.width}, {c1.encode / 1e9:,.2f} GFLOP; a sample of SFT {c0.both / 1e9:,.2f}")  # fmt: skip
-        check_sft("stage 0", stage0, c0, base, device)
-        if args.method != "sft-only":
+        if "0-sft" in left:
+            check_sft("stage 0", stage0, c0, base, device)
+        if any("-rl-" in s for s in left):
             check_rl(rl, algo, c1, budget, per_simulator, base, device)
-        check_sft("stage 2", sft, c2, base, device)
+        if left != ["0-sft"]:
+            check_sft("stage 2", sft, c2, base, device)
         check_disk(args, domain, left, stage0, rl, c0, rows=budget if algo == "sacfd" else 0)
         speed = speeds(args, source, stage0, sentences, action_dim, c1, c0, folder, device)
 
