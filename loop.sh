@@ -16,6 +16,7 @@
 #                  "torchrun --nproc-per-node 4", "srun --gpus 4 torchrun ...", "ssh host cd $PWD && torchrun ..."
 #   SFT_ARGS=      further arguments of stages 0 and 2, for a large VLM "--cache --accumulate 8 --checkpointing"
 #                  (--cache also puts LoRA on the language model alone)
+#   RL=            further arguments of stage 1, such as "--rollout 64"
 #   VLM=tiny       or a BLIP-2: a local folder, or a hub name such as Salesforce/blip2-opt-2.7b
 #   PYTHON=        an interpreter that has requirements.txt; default: .venv, made here on first use
 # Given again, the same command goes on where it stopped.
@@ -23,7 +24,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -ne 2 ] || ! [[ $2 =~ ^[0-9]+$ ]]; then
-  sed -n '2,21s/^# \{0,1\}//p' "$0"
+  sed -n '2,22s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-} METHOD=${METHOD:-ire-vla} START=${START:-}
@@ -34,11 +35,11 @@ OUT=runs/${RUN:-${NAME/-ire-vla-seed/-seed}}
 source venv.sh
 
 # A smoke run is the same commands with small numbers. Its D_e is its own, so that a real run never trains on it.
-STAGE0="" RL="" SFT="" DATA=runs/D_e
+STAGE0="" RL=${RL:-} SFT="" DATA=runs/D_e
 if [ -n "$SMOKE" ]; then
   DATA=runs/D_e-smoke
   STAGE0="--demos 2 --steps 60 --batch 32 --episodes 1"
-  RL="--env-steps 1500 --envs 8 --rollout 32 --warmup 1 --successes 2 --episodes 1 --sacfd.demos 2 --sacfd.warmup 200"
+  RL="--env-steps 1500 --envs 8 --rollout 32 --warmup 1 --successes 2 --episodes 1 --sacfd.demos 2 --sacfd.warmup 200 $RL"
   SFT="--steps 30 --batch 32 --episodes 1"
 fi
 [[ ${SFT_ARGS:-} != *--cache* ]] || STAGE0+=" --lora-targets language"
@@ -53,7 +54,8 @@ if [ -n "$START" ] && [ ! -d "$OUT/0-sft" ]; then
   mkdir -p "$OUT" && cp -r "$START" "$OUT/.0-sft.copy" && mv "$OUT/.0-sft.copy" "$OUT/0-sft"
 fi
 
-"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM" --method "$METHOD" --announce
+"$PYTHON" plan.py --run "$OUT" --data "$DATA" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM" \
+  --method "$METHOD" --stage0="$STAGE0" --rl="$RL" --sft="$SFT"
 
 [ -n "$START" ] ||
   ${SFT_LAUNCH:-"$PYTHON"} stage0_sft.py --domain "$DOMAIN" --data "$DATA" --out "$OUT/0-sft" --vlm "$VLM" --seed "$SEED" $STAGE0
@@ -71,4 +73,4 @@ for ((i = 1; i <= ROUNDS; i++)); do
   PARENT=$i-sft
 done
 
-"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM" --method "$METHOD"
+"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --seed "$SEED" --vlm "$VLM" --method "$METHOD"

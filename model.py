@@ -379,13 +379,17 @@ def load_vlm(folder, config, train_whole):
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = BlipImageProcessorPil.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise Refusal(
-            f"--vlm {source} is not a BLIP-2 that can be loaded ({str(error).splitlines()[0]}): give tiny, a local "
-            f"folder, or a hub name such as Salesforce/blip2-opt-2.7b"
-        ) from error
+        raise no_blip2(source, error) from error
     if not torch.cuda.is_available():  # torch's fused attention trains 2.5 times slower on a CPU at these lengths
         vlm.set_attn_implementation("eager")
     return vlm.eval(), tokenizer, image_processor  # eval: no dropout, so that h is a function of o and l alone
+
+
+def no_blip2(source, error):
+    return Refusal(
+        f"--vlm {source} is not a BLIP-2 that can be loaded ({str(error).splitlines()[0]}): give tiny, a local folder, "
+        f"or a hub name such as Salesforce/blip2-opt-2.7b"
+    )
 
 
 def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(3, 2, 2), queries=8):

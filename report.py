@@ -14,7 +14,6 @@ from run import Refusal, main, read_json, versions, whole, write_json  # isort: 
 
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,35 +31,15 @@ class Args:
     curves: tuple[str, ...] = ()  # instead: success over environment steps of these RL stages, as the paper's Fig. 4
     out: str = "."  # where --table writes table.md, and --curves curves.png
     domain: str = ""  # domains/<name>.py; empty: what the run's first checkpoint says
-    rounds: int = 0  # rounds planned, for --announce
     seed: int = 0  # the run's, for the record
     vlm: str = "tiny"  # the run's, for the record
     method: str = "ire-vla"  # the name of the run's row in a table of several runs
-    announce: bool = False  # only print what will run, where, on which device and about how long
 
 
 def stage_order(folder):
     """Finished stages in the order of Algorithm 1: 0-sft, 1-rl-..., 1-sft, 2-rl-..., ..."""
     stages = [p for p in Path(folder).glob("[0-9]*-*") if p.is_dir() and "-" in p.name]
     return sorted(stages, key=lambda p: (int(p.name.split("-")[0]), "rl" not in p.name))
-
-
-def announce(args):
-    import torch
-
-    domain = load_domain(args.domain)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    plan = ["0-sft"]
-    for i in range(1, args.rounds + 1):
-        rl = f"{i}-rl-{domain.RL_TASKS[(i - 1) % len(domain.RL_TASKS)]}"
-        plan += [f"{i}-sft"] if args.method == "sft-only" else [rl, f"{i}-sft"]
-    done = [p.name for p in stage_order(args.run)]
-    print(f"{args.method} on {args.domain}: {len(domain.EXPERT_TASKS)} expert, {len(domain.RL_TASKS)} RL and "
-          f"{len(domain.UNSEEN_TASKS)} unseen tasks; VLM {args.vlm}, seed {args.seed}, {device}")  # fmt: skip
-    print(f"  stages: {'  '.join(('[done] ' if s in done else '') + s for s in plan)}")
-    print(f"  folder: {args.run}  (watch: tensorboard --logdir {args.run}; Ctrl-C and the same command goes on)")
-    if args.vlm == "tiny":
-        print(f"  about {20 + 14 * args.rounds} minutes on 2 CPU cores with the default settings")
 
 
 def report(args):
@@ -271,8 +250,6 @@ def curves(folders, path):
 
 
 def story(args):
-    if args.announce:
-        return announce(args)
     if args.curves:
         with whole(Path(args.out) / "curves.png") as tmp:
             curves(args.curves, tmp)

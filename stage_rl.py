@@ -103,6 +103,41 @@ def ppo_losses(new_log_prob, old_log_prob, advantage, value, target, clip):
     return policy, (value - target).square().mean(), kl, clipped
 
 
+def ppo_update(args, vla, critic, optimizer, flat, rows, mask, warm, generator, stage, again=None):
+    """PPO's epochs over a rollout: changes phi and the critic, and theta where `again` is given. Returns the means of
+    (policy loss, value loss, KL, clipped share, the actor's gradient norm) for the log.
+
+    flat: the rollout's T*N rows, "h" (T*N, M, D) bfloat16, "action" (T*N, A), "logp", "advantage", "target" (T*N,).
+    rows (B,): those that are decisions. mask (1, M). warm: train the critic alone. again(b) -> (b, M, D): the latents
+    of some rows under today's theta, in place of the stored ones.
+    """
+    actor = optimizer.param_groups[0]["params"]
+    spread = flat["advantage"][rows].std() + 1e-8
+    centre = flat["advantage"][rows].mean()
+    stats, moved = [], False
+    for _ in range(args.epochs):
+        for b in rows[torch.randperm(len(rows), generator=generator).to(rows.device)].split(args.minibatch):
+            x = flat["h"][b].float()  # (b, M, D)
+            if again and not (warm or moved):
+                x = again(b).float()
+            new_logp = log_prob(flat["action"][b], vla.mean(x, mask), vla.log_std)
+            norm_advantage = (flat["advantage"][b] - centre) / spread
+            policy, value_loss, kl, clipped = ppo_losses(
+                new_logp, flat["logp"][b], norm_advantage, critic(x.detach(), mask)[:, 0], flat["target"][b], args.clip
+            )
+            moved |= kl.item() > args.target_kl
+            loss = value_loss if warm or moved else value_loss + policy
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(actor, 0.5)
+            torch.nn.utils.clip_grad_norm_(critic.parameters(), 0.5)
+            if not torch.isfinite(loss):
+                raise Refusal(f"PPO's loss is NaN: delete {stage.folder} and give a smaller --lr")
+            optimizer.step()
+            stats.append((policy.item(), value_loss.item(), kl.item(), clipped.item(), float(norm)))
+    return np.mean(stats, axis=0)
+
+
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
     check_task(args.task, domain)
@@ -190,7 +225,6 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
     """PPO until convergence or the budget's end. Changes phi, the critic, `counters`, `recent` and `best`, the best
     head so far; yields after each iteration, when all of them belong together."""
     device, instruction = vla.device, domain.INSTRUCTIONS[args.task]
-    actor = optimizer.param_groups[0]["params"]
     name, size = domain.__name__.split(".")[-1], vla.config["image_size"]
     groups = np.array_split(np.arange(args.envs), min(2, args.envs))  # one steps while the other's images are encoded
     fns = [lambda: load_domain(name).make(args.task, size)] * args.envs
@@ -276,40 +310,19 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
                 "h": h[:-1].flatten(0, 1), "action": action.flatten(0, 1), "logp": logp.flatten(),
                 "advantage": advantage.flatten(), "target": target.flatten(),
             }  # fmt: skip
-            spread = flat["advantage"][rows].std() + 1e-8
-            centre = flat["advantage"][rows].mean()
+            again = None
+            if args.train_vlm:  # the only place where stage 1 needs the pictures again
+                seen = pictures[:-1].reshape(T * N, size, size, 3)
+                again = lambda b: vla.encode(seen[b.cpu().numpy()], [instruction] * len(b))[0]  # noqa: B023, E731
             warm = counters["iteration"] < args.warmup
-            stats, moved = [], False
-            for _ in range(args.epochs):
-                for b in rows[torch.randperm(len(rows), generator=generator).to(device)].split(args.minibatch):
-                    x = flat["h"][b].float()  # (b, M, D)
-                    if args.train_vlm and not (warm or moved):  # the only place where stage 1 needs the pictures again
-                        seen = pictures[:-1].reshape(T * N, size, size, 3)[b.cpu().numpy()]
-                        x = vla.encode(seen, [instruction] * len(b))[0].float()
-                    new_logp = log_prob(flat["action"][b], vla.mean(x, mask), vla.log_std)
-                    norm_advantage = (flat["advantage"][b] - centre) / spread
-                    policy, value_loss, kl, clipped = ppo_losses(
-                        new_logp, flat["logp"][b], norm_advantage, critic(x.detach(), mask)[:, 0], flat["target"][b],
-                        args.clip,
-                    )  # fmt: skip
-                    moved |= kl.item() > args.target_kl
-                    loss = value_loss if warm or moved else value_loss + policy
-                    optimizer.zero_grad()
-                    loss.backward()
-                    norm = torch.nn.utils.clip_grad_norm_(actor, 0.5)
-                    torch.nn.utils.clip_grad_norm_(critic.parameters(), 0.5)
-                    if not torch.isfinite(loss):
-                        raise Refusal(f"PPO's loss is NaN at step {counters['env_steps']}: delete {stage.folder} and "
-                                      f"give a smaller --lr")  # fmt: skip
-                    optimizer.step()
-                    stats.append((policy.item(), value_loss.item(), kl.item(), clipped.item(), float(norm)))
+            numbers = ppo_update(args, vla, critic, optimizer, flat, rows, mask, warm, generator, stage, again)
             torch.set_num_threads(1)
             # ----------------------------------------------------------------------
             counters["iteration"] += 1
             t_total += time.time() - began
             t_update += time.time() - t_rollout
             counters["updates_share"] = round(t_update / t_total, 4)
-            policy, value_loss, kl, clipped, norm = np.mean(stats, axis=0)
+            policy, value_loss, kl, clipped, norm = numbers
             explained = 1 - (target - value[:-1])[valid].var() / target[valid].var().clamp(min=1e-8)
             stage.log(
                 counters["env_steps"], success=success, std=vla.log_std.exp().mean().item(), kl=kl,

@@ -1,10 +1,12 @@
 """A rendered decision of our domains beside the stock environment's, at the same size. python benchmarks/render.py
 
-A decision is some steps of physics and one picture; in the kitchen that is two views of half the size, and theirs are
-two as well, whole ones, for a stock picture takes as long at any size. Theirs is gym.make("Meta-World/MT1" or
-"FrankaKitchen-v1", render_mode="rgb_array"), as many step() and render(), with the camera put where ours is. Each side
-has a process of its own (two MuJoCo renderers in one process can corrupt each other); they take turns, so that only one
-works at a time. Medians over rounds of the mean time a decision; writes results/benchmarks/render.json and render.png.
+A decision is some steps of physics and one picture. In the kitchen ours is two views of half the size, so there are
+two ratios: against as many stock pictures, whole ones, for a stock picture takes as long at any size; and against one.
+Theirs is gym.make("Meta-World/MT1" or "FrankaKitchen-v1", render_mode="rgb_array"), as many step() and render(), with
+the camera put where ours is and Mesa's threads as they come. Each simulator has a process of its own (two MuJoCo
+renderers in one process can corrupt each other); one or two of them work at the same time, and the sides take turns,
+so that only one side does. Medians over rounds of the decisions a second of all processes. Writes
+results/benchmarks/render.json and render.png.
 """
 
 import argparse
@@ -46,10 +48,12 @@ def stock_kitchen(task, view, settings):
 STOCK = {"metaworld": stock_metaworld, "kitchen": stock_kitchen}
 
 
-def theirs(domain, task, size):
+def theirs(domain, task, size, views=None):
+    """views: pictures of a decision; None: as many as ours shows."""
     import numpy as np
 
     module = importlib.import_module(f"domains.{domain}")  # it also registers Meta-World's environments
+    os.environ.pop("LP_NUM_THREADS", None)  # and tells Mesa to use no threads, which is a choice of ours
     view = module.CAMERA | {"lookat": np.array(module.CAMERA["lookat"])}
     settings = {"render_mode": "rgb_array", "width": size, "height": size, "disable_env_checker": True}
     env = STOCK[domain](task, view, settings)
@@ -58,13 +62,17 @@ def theirs(domain, task, size):
     def step(action):
         for _ in range(module.ACTION_REPEAT):
             env.step(action)
-        return [env.render() for _ in range(module.VIEWS)][0]
+        return [env.render() for _ in range(views or module.VIEWS)][0]
 
     return env, step, env.render
 
 
+def one_picture(domain, task, size):
+    return theirs(domain, task, size, views=1)
+
+
 def serve(side, domain, task, size, pipe):
-    """Times as many decisions as the pipe asks for; at the end sends a picture of the first state instead."""
+    """Times as many decisions as the pipe asks for, when it says go; at the end sends a picture of the first state."""
     import numpy as np
 
     env, step, draw = side(domain, task, size)
@@ -72,35 +80,42 @@ def serve(side, domain, task, size, pipe):
     first = np.array(draw())
     step(np.zeros(env.action_space.shape, np.float32))
     while decisions := pipe.recv():
+        env.reset()
+        pipe.send("ready")
+        pipe.recv()
         start = time.perf_counter()
         for _ in range(decisions):
             step(rng.uniform(-0.3, 0.3, env.action_space.shape).astype(np.float32))
-        pipe.send((time.perf_counter() - start) / decisions)
-        env.reset()
+        pipe.send(time.perf_counter() - start)
     pipe.send(first)
     env.close()
 
 
-def compare(domain, task, size, rounds):
-    """Median seconds a decision and a picture, of ours and of theirs."""
-    spawn, sides = multiprocessing.get_context("spawn"), []
-    for side, decisions in ((ours, 40), (theirs, 5)):
-        pipe, far_end = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(side, domain, task, size, far_end), daemon=True)
-        process.start()
-        far_end.close()
-        sides.append((pipe, process, decisions, []))
+def compare(domain, task, size, rounds, processes, sides):
+    """{side: median decisions a second of all its processes}, {side: a picture}; sides: {side: (make, decisions)}."""
+    spawn, workers, rates = multiprocessing.get_context("spawn"), {}, {side: [] for side in sides}
+    for side, (make, _) in sides.items():
+        workers[side] = []
+        for _ in range(processes):
+            pipe, far_end = spawn.Pipe()
+            process = spawn.Process(target=serve, args=(make, domain, task, size, far_end), daemon=True)
+            process.start()
+            far_end.close()
+            workers[side].append((pipe, process))
     for _ in range(rounds):
-        for pipe, _, decisions, seconds in sides:
-            pipe.send(decisions)
-            seconds.append(pipe.recv())
-    medians, pictures = [], []
-    for pipe, process, _, seconds in sides:
-        pipe.send(0)
-        pictures.append(pipe.recv())
-        process.join()
-        medians.append(sorted(seconds)[len(seconds) // 2])
-    return medians, pictures
+        for side, (_, decisions) in sides.items():
+            for message in (decisions, "go"):
+                for pipe, _ in workers[side]:
+                    pipe.send(message)
+                answers = [pipe.recv() for pipe, _ in workers[side]]
+            rates[side].append(sum(decisions / seconds for seconds in answers))
+    pictures = {}
+    for side, pairs in workers.items():
+        for pipe, process in pairs:
+            pipe.send(0)
+            pictures[side] = pipe.recv()
+            process.join()
+    return {side: sorted(values)[len(values) // 2] for side, values in rates.items()}, pictures
 
 
 def main():
@@ -108,6 +123,7 @@ def main():
     tasks = ["metaworld:drawer-open", "metaworld:door-open", "kitchen:slide-door-open"]
     parser.add_argument("--tasks", nargs="+", default=tasks, help="domain:task")
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 224])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="simulators at the same time")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
 
@@ -121,14 +137,19 @@ def main():
     figure, axes = plt.subplots(2, len(args.tasks) * len(args.sizes), squeeze=False, figsize=(16, 6))
     for column, (task, size) in enumerate((task, size) for size in args.sizes for task in args.tasks):
         domain, _, task = task.partition(":")
-        medians, pictures = compare(domain, task, size, args.rounds)
-        name = f"{task}, {size} px, ms a rendered decision"
-        mine, stock = (1000 * median for median in medians)
-        rows[name] = {"ours": round(mine, 2), "theirs": round(stock, 2), "ratio": round(stock / mine, 1)}
-        print(f"{name}: {rows[name]}", flush=True)
-        for axis, picture, label in zip(axes[:, column], pictures, ("ours", "stock"), strict=True):
+        views = importlib.import_module(f"domains.{domain}").VIEWS
+        sides = {"ours": (ours, 40), f"{views} stock pictures" if views > 1 else "stock": (theirs, 5)}
+        sides |= {"one stock picture": (one_picture, 5)} if views > 1 else {}
+        for processes in args.processes:
+            rates, pictures = compare(domain, task, size, args.rounds, processes, sides)
+            for side in list(sides)[1:]:
+                name = f"{task}, {size} px, rendered decisions/s, processes {processes}, beside {side}"
+                rows[name] = {"ours": round(rates["ours"], 1), "theirs": round(rates[side], 2)}
+                rows[name]["ratio"] = round(rates["ours"] / rates[side], 1)
+                print(f"{name}: {rows[name]}", flush=True)
+        for axis, (label, picture) in zip(axes[:, column], pictures.items()):
             axis.imshow(picture, interpolation="nearest")
-            axis.set_title(f"{label}, {task}, {size} px", fontsize=9)
+            axis.set_title(f"{'ours' if label == 'ours' else 'stock'}, {task}, {size} px", fontsize=9)
             axis.axis("off")
     figure.tight_layout()
     figure.savefig(out / "render.png", dpi=100)

@@ -9,21 +9,18 @@ import pytest
 import torch
 from conftest import ROOT, make_vla
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, PreTrainedTokenizerFast
+from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from plan import paper_config
 
 GIGABYTES = 14
 
 
 def build(folder):
     """blip2-opt-2.7b with random bfloat16 weights, in HF's layout, never held in float32."""
-    text = OPTConfig(
-        vocab_size=50304, hidden_size=2560, word_embed_proj_dim=2560, num_hidden_layers=32, num_attention_heads=32,
-        ffn_dim=10240, max_position_embeddings=2048,
-    )  # fmt: skip
-    config = Blip2Config(text_config=text.to_dict(), num_query_tokens=32, image_token_index=50265)
     with torch.device("meta"):
-        vlm = Blip2ForConditionalGeneration(config)
+        vlm = Blip2ForConditionalGeneration(paper_config())
     vlm = vlm.to(torch.bfloat16).to_empty(device="cpu")
     vlm.tie_weights()
     with torch.no_grad():

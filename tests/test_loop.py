@@ -253,7 +253,7 @@ def test_ctrl_c(stage, tmp_path, checkpoint):
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
-SCRIPTS = ["stage0_sft", "stage_rl", "stage_sft", "evaluate", "report"]
+SCRIPTS = ["stage0_sft", "stage_rl", "stage_sft", "evaluate", "report", "plan"]
 
 
 def parses(words):
@@ -297,7 +297,7 @@ def test_every_command_of_the_loop_parses(env, stand_in):
     assert all(b.parent == a.out for (_, a), (_, b) in zip(stages, stages[1:]))
     assert len({a.out for _, a in stages}) == 5 and {a.domain for _, a in stages} == {"metaworld"}
     assert {a.seed for _, a in stages} == {int(env.get("SEED", 0))} and stages[0][1].vlm == env.get("VLM", "tiny")
-    assert parsed[0][1].announce and parsed[-1][0] == "report.py" and not parsed[-1][1].announce
+    assert parsed[0][0] == "plan.py" and parsed[-1][0] == "report.py"
 
 
 @pytest.mark.parametrize("command", list(written_commands()))
@@ -324,7 +324,7 @@ def test_help_explains_every_argument(script, capsys):
     with pytest.raises(SystemExit) as end:
         tyro.cli(module.Args, args=["--help"], description=module.__doc__)
     text = capsys.readouterr().out
-    assert end.value.code == 0 and "Eq." in text or script in ("evaluate", "report")
+    assert end.value.code == 0 and "Eq." in text or script in ("evaluate", "report", "plan")
     source = (ROOT / f"{script}.py").read_text().split("class Args:")[1].split("\n\n")[0]
     for field in filter(str.strip, source.splitlines()):
         assert re.search(r"  # \w", field), f"{script}.py: {field.strip()} is not explained"

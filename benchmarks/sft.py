@@ -1,0 +1,186 @@
+"""SFT in samples a second beside transformers' Trainer with PEFT, what a user would write without this project.
+
+All sides train the same weights in memory, one BLIP-2 of random weights with LoRA and the action head, on the frames of
+the same episode files, with the same batch, bfloat16 autocast, AdamW and clipping. Theirs is a map-style data set, HF's
+image processor and tokenizer in the collator, BLIP-2's own forward, and Trainer's loop. Ours is what stage 0 does in a
+step: data.Episodes.batch, the augmentation, `sft_gradient`, the moving average. "Plain attention" is theirs with our
+choice of attention, which on a CPU is most of the difference. A turn is some steps; they take turns; medians over turns
+of a turn's median step. Writes results/benchmarks/sft.json. Trainer needs accelerate, which PEFT installs.
+
+python benchmarks/sft.py                           a BLIP-2 of 1.7 M weights, LoRA on all linear layers
+python benchmarks/sft.py --full --batch 2          blip2-opt-2.7b's configuration: 7.5 GB of disk, 12 GB of memory
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from test_full_size import build  # noqa: E402  writes blip2-opt-2.7b's configuration with random weights
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from data import Episodes, write_episode  # noqa: E402
+from domains import metaworld as domain  # noqa: E402
+from model import VLA, build_tiny, freeze  # noqa: E402
+from run import read_json, write_json  # noqa: E402
+from stage0_sft import augment, draw_augmentation, sft_gradient  # noqa: E402
+
+TASK, SIZE, A = "drawer-open", 64, 4
+
+
+def frames(folder, episodes=20, length=40):
+    """Episodes of noise in the project's format."""
+    rng = np.random.default_rng(0)
+    for k in range(episodes):
+        write_episode(
+            Path(folder) / f"{k:06d}.safetensors", rng.integers(0, 256, (length, SIZE, SIZE, 3)),
+            rng.uniform(-1, 1, (length, A)), np.zeros(length), domain="metaworld", task=TASK,
+            instruction=domain.INSTRUCTIONS[TASK], source="expert", seed=k, protocol=domain.PROTOCOL,
+        )  # fmt: skip
+    return Episodes({folder: 1.0}, domain, SIZE)
+
+
+def our_turn(vla, data, args):
+    """A function that trains as stage 0 does: a turn's seconds, step by step."""
+    trained = vla.theta() + vla.phi()
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    average = torch.optim.swa_utils.AveragedModel(
+        torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+
+    def turn():
+        vla.eval()  # Trainer leaves it in train mode
+        seconds = []
+        for step in range(args.steps):
+            began, rng = time.perf_counter(), np.random.default_rng(step)
+            images, instructions, action = data.batch(rng, args.batch)
+            images = augment(images, 4, draw_augmentation(args.batch, 4, rng))
+            optimizer.zero_grad()
+            sft_gradient(vla, images, instructions, torch.from_numpy(action), vla.action_std)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            average.update_parameters(torch.nn.ParameterList(trained))
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    return turn
+
+
+class Policy(torch.nn.Module):
+    """Theirs: BLIP-2 and LoRA by their own forward, and the head on the last hidden states."""
+
+    def __init__(self, vla):
+        super().__init__()
+        self.vlm, self.head = vla.vlm, vla.head
+
+    def forward(self, pixel_values, input_ids, attention_mask, action):
+        out = self.vlm(
+            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True,
+            use_cache=False,
+        )  # fmt: skip
+        h = out.language_model_outputs.hidden_states[-1].float()  # (B, M, D)
+        return {"loss": (self.head(h, attention_mask.bool()) - action).square().mean()}
+
+
+class Frames(torch.utils.data.Dataset):
+    """Theirs: one frame for one index."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        e, t = self.data.episode[i], int(self.data.frame[i])
+        return self.data.images[e][t], self.data.instructions[e], self.data.actions[e][t]
+
+
+class Stopwatch(TrainerCallback):
+    def __init__(self):
+        self.ends = []
+
+    def on_train_begin(self, *_, **__):
+        self.ends = []
+
+    def on_step_end(self, *_, **__):
+        self.ends.append(time.perf_counter())
+
+
+def their_turn(vla, data, args, folder):
+    """The same by Trainer; the first step, which has its setting up in it, does not count."""
+    config, stopwatch = vla.blip.config, Stopwatch()
+
+    def collate(rows):
+        images, texts, action = zip(*rows)
+        text = vla.tokenizer(list(texts), padding=True, return_tensors="pt")
+        place = torch.full((len(rows), config.num_query_tokens), config.image_token_index)
+        return {
+            "pixel_values": vla.image_processor(list(images), return_tensors="pt").pixel_values,
+            "input_ids": torch.cat([place, text.input_ids], 1),
+            "attention_mask": torch.cat([torch.ones_like(place), text.attention_mask], 1),
+            "action": torch.from_numpy(np.stack(action)),
+        }
+
+    def turn():
+        settings = TrainingArguments(
+            output_dir=folder, max_steps=args.steps + 1, per_device_train_batch_size=args.batch, learning_rate=1e-5,
+            bf16=True, use_cpu=True, max_grad_norm=1.0, save_strategy="no", logging_strategy="no", report_to=[],
+            disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = Trainer(Policy(vla), settings, collate, Frames(data), callbacks=[stopwatch])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return np.diff(stopwatch.ends)
+
+    return turn
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="blip2-opt-2.7b's configuration instead of a tiny one")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps in a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns timed on each side")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        data = frames(f"{folder}/{TASK}")
+        if args.full:
+            build(f"{folder}/vlm")
+        else:
+            build_tiny(f"{folder}/vlm", [domain.INSTRUCTIONS[TASK]], SIZE)
+        vla = VLA.create(f"{folder}/vlm", [], A, "metaworld", SIZE, 32, "all", "bfloat16", folder)
+        freeze(vla.parameters())
+        freeze(vla.theta() + vla.phi(), False)
+        ours, theirs = our_turn(vla, data, args), their_turn(vla, data, args, f"{folder}/trainer")
+        sides = {
+            "ours": (ours, "eager"), "theirs": (theirs, "sdpa"), "theirs, plain attention": (theirs, "eager")
+        }  # fmt: skip
+        seconds = {side: [] for side in sides}
+        for _ in range(args.rounds + 1):
+            for side, (turn, attention) in sides.items():
+                vla.blip.set_attn_implementation(attention)
+                seconds[side].append(np.median(turn()))
+    rate = {side: round(args.batch / float(np.median(times[1:])), 2) for side, times in seconds.items()}
+    size = "blip2-opt-2.7b's size" if args.full else "1.7 M weights"
+    rows = {}
+    for name, side in (("stock attention", "theirs"), ("plain attention", "theirs, plain attention")):
+        row = {"ours": rate["ours"], "theirs": rate[side], "ratio": round(rate["ours"] / rate[side], 2)}
+        rows[f"SFT, samples/s ({size}, batch {args.batch}; theirs with {name})"] = row
+    print(*(f"{name}: {row}" for name, row in rows.items()), sep="\n")
+    path = ROOT / "results/benchmarks/sft.json"
+    write_json(path, (read_json(path) if path.exists() else {}) | rows)  # rows for each size
+
+
+if __name__ == "__main__":
+    main()
