@@ -57,7 +57,8 @@ class Limits:
     """What the arm may be told and may be seen doing. Lengths in m, angles in rad, times in s, base frame."""
 
     # what is commanded
-    low: tuple = (0.33, -0.20, 0.012)  # the box of the gripper's centre (TCP); the fingertips are 0.009 lower
+    # the box of the gripper's centre (TCP); the fingertips are 0.009 lower. At x = 0.33 joint 4 comes near its limit
+    low: tuple = (0.38, -0.20, 0.012)
     high: tuple = (0.65, 0.20, 0.42)  # the joint reset ends at 0.40
     step: float = 0.04  # an action of 1, and the most that a target may differ from the measured place, each axis
     turn: float = 0.25  # the same for each component of the rotation vector

@@ -146,7 +146,7 @@ def picture(r, domain, path):
     left.set_xticks(range(len(stages)), short, rotation=35, ha="right", fontsize=8)
     left.grid(axis="y", alpha=0.3)
     left.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, loc="lower right")
+    left.legend(frameon=False, loc="best")
     left.set_title(f"{r['method']} on {r['domain']}, seed {r['seed']}, VLM {r['vlm']}", fontsize=10, loc="left")
     matrix = [[rate(s["tasks"][t]) for s in stages] for t in names]
     right.imshow(matrix, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
