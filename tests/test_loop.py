@@ -90,30 +90,28 @@ def test_smoke_loop_on_metaworld(tmp_path):
     assert {k: v for k, v in files(run).items() if not k.startswith("report")} == before
 
 
-def test_the_baselines_are_variants_of_the_same_loop(undisturbed):
-    """METHOD= and START= in loop.sh: the same stage 0, without RL, with a frozen VLM, or with PPO through all of it."""
+def test_ppo_replay_is_a_variant_of_the_same_loop(undisturbed):
+    """METHOD=ppo-replay with START=: the given stage 0, PPO through all of the VLA, the same stage 2. And iRe-VLA-freeze's
+    flag: the VLM is bit for bit the parent's."""
     project, _ = undisturbed
-    start = "runs/toy-seed0-smoke/0-sft"
-    for method, stages in (
-        ("sft-only", ["0-sft", "1-sft"]),
-        ("ire-vla-freeze", ["0-sft", "1-rl-blue", "1-sft"]),
-        ("ppo-replay", ["0-sft", "1-rl-blue", "1-sft"]),
-    ):
-        out = project.must("bash", "loop.sh", "toy", "1", SMOKE="1", METHOD=method, START=start)
-        run = project.folder / f"runs/toy-{method}-seed0-smoke"
-        report = json.loads((run / "report.json").read_text())
-        assert [s["name"] for s in report["stages"]] == stages and report["method"] == method and method in out
-        vlms = [load_file(run / s / "vlm/model.safetensors") for s in stages]
-        same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(vlms, vlms[1:])]
-        assert same == {"sft-only": [False], "ire-vla-freeze": [True, True], "ppo-replay": [False, False]}[method]
-    code, _, err = project.run("bash", "loop.sh", "toy", "1", METHOD="magic")
-    assert code == 2 and "ppo-replay" in err
+    project.must("bash", "loop.sh", "toy", "1", SMOKE="1", METHOD="ppo-replay", START="runs/toy-seed0-smoke/0-sft")
+    run, stages = project.folder / "runs/toy-ppo-replay-seed0-smoke", ["0-sft", "1-rl-blue", "1-sft"]
+    report = json.loads((run / "report.json").read_text())
+    assert [s["name"] for s in report["stages"]] == stages and report["method"] == "ppo-replay"
+    vlms = [load_file(run / s / "vlm/model.safetensors") for s in stages]
+    assert all(any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(vlms, vlms[1:]))
+    project.must(
+        "python", "stage_sft.py", "--domain", "toy", "--data", "runs/D_e-smoke", "--parent", run / "1-rl-blue", "--out",
+        run / "1-frozen", "--freeze-vlm", "--steps", "5", "--batch", "16", "--episodes", "0",
+    )  # fmt: skip
+    frozen = load_file(run / "1-frozen/vlm/model.safetensors")
+    assert all(torch.equal(vlms[1][k], frozen[k]) for k in frozen)
 
 
 def test_fig_4_compares_three_ways_of_rl(undisturbed):
     """fig4.sh: from nothing and from stage 0 with everything trained, and the head alone; one picture of all."""
     project, _ = undisturbed
-    budget = "--env-steps 1500 --envs 4 --rollout 16 --warmup 0"
+    budget = "--env-steps 900 --envs 4 --rollout 16 --warmup 0"
     out = project.must("bash", "fig4.sh", "toy", "runs/toy-seed0-smoke/0-sft", RL=budget)
     run = project.folder / "runs/fig4-toy-seed0"
     assert out.strip().endswith("curves.png") and (run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -298,6 +296,23 @@ def test_every_command_of_the_loop_parses(env, stand_in):
     assert len({a.out for _, a in stages}) == 5 and {a.domain for _, a in stages} == {"metaworld"}
     assert {a.seed for _, a in stages} == {int(env.get("SEED", 0))} and stages[0][1].vlm == env.get("VLM", "tiny")
     assert parsed[0][0] == "plan.py" and parsed[-1][0] == "report.py"
+
+
+@pytest.mark.parametrize(
+    "method, stages, flag",
+    [("sft-only", ["stage0_sft.py", "stage_sft.py"], ""),
+     ("ire-vla-freeze", ["stage0_sft.py", "stage_rl.py", "stage_sft.py"], "--freeze-vlm"),
+     ("ppo-replay", ["stage0_sft.py", "stage_rl.py", "stage_sft.py"], "--train-vlm")],
+)  # fmt: skip
+def test_the_baselines_are_variants_of_the_same_loop(method, stages, flag, stand_in):
+    """METHOD= leaves out stage 1 or adds one flag; an unknown one is refused with the names of those that are known."""
+    project, fake, heard = stand_in
+    project.must("bash", "loop.sh", "metaworld", "1", PYTHON=str(fake), METHOD=method)
+    said = [words for words in heard() if words[0].startswith("stage")]
+    assert [words[0] for words in said] == stages and [flag in words for words in said].count(True) == bool(flag)
+    assert all(parses(words) for words in said)
+    code, _, err = project.run("bash", "loop.sh", "toy", "1", METHOD="magic", PYTHON=str(fake))
+    assert code == 2 and "ppo-replay" in err
 
 
 @pytest.mark.parametrize("command", list(written_commands()))
