@@ -125,11 +125,12 @@ class Setup:
 
 
 class Fault(Exception):
-    """The episode cannot go on: one sentence. `person`: nor can the next, before a person has looked and said so."""
+    """The episode cannot go on: one sentence. `person`: nor can the next, before a person has looked and said so.
+    `astray`: the arm obeys, but is where it must not be; in simulation the reset puts it back."""
 
-    def __init__(self, sentence, person=False):
+    def __init__(self, sentence, person=False, astray=False):
         super().__init__(sentence)
-        self.person = person
+        self.person, self.astray = person or astray, astray
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -556,13 +557,13 @@ class Panda(gym.Env):
         state = self.state = parse(self.link.json("getstate", timeout=limits.read))
         outside = np.maximum(np.subtract(limits.low, self.place), np.subtract(self.place, limits.high)).max()
         if outside > limits.outside:
-            raise Fault(f"the hand is {outside:.3f} m outside its box, at {self.place.round(3)}", person=True)
+            raise Fault(f"the hand is {outside:.3f} m outside its box, at {self.place.round(3)}", astray=True)
         v = np.abs((self.turn * DOWN.inv()).as_rotvec())
         if math.hypot(v[0], v[1]) > limits.tilt + limits.beyond or v[2] > limits.yaw + limits.beyond:
-            raise Fault(f"the hand is turned out of its window: rotation vector {v.round(2)} from down", person=True)
+            raise Fault(f"the hand is turned out of its window: rotation vector {v.round(2)} from down", astray=True)
         room = np.minimum(state["q"] - limits.q_min, limits.q_max - state["q"])
         if room.min() < limits.q_margin:
-            raise Fault(f"joint {room.argmin() + 1} is {room.min():.2f} rad from its limit", person=True)
+            raise Fault(f"joint {room.argmin() + 1} is {room.min():.2f} rad from its limit", astray=True)
         if (force := np.linalg.norm(state["force"])) > limits.force:
             raise Fault(f"the hand is pushed with {force:.0f} N", person=True)
         if (speed := np.linalg.norm(state["vel"][:3])) > limits.speed:
@@ -637,6 +638,8 @@ class Panda(gym.Env):
     def release(self):
         """After a Fault that a person must see to: their word, then hold, and only then clear the robot's errors, for
         an arm whose errors are cleared makes for its last target."""
+        if self.fault.astray and isinstance(self.scene, Sim):
+            return
         if not isinstance(self.scene, Person):
             raise Refusal(f"{self.fault}: see to the robot, then give the same command again")
         self.scene.keyboard.ask(f"{self.fault}. Make the robot safe and ready.")

@@ -91,8 +91,8 @@ def test_smoke_loop_on_metaworld(tmp_path):
 
 
 def test_ppo_replay_is_a_variant_of_the_same_loop(undisturbed):
-    """METHOD=ppo-replay with START=: the given stage 0, PPO through all of the VLA, the same stage 2. And iRe-VLA-freeze's
-    flag: the VLM is bit for bit the parent's."""
+    """METHOD=ppo-replay with START=: the given stage 0, PPO through all of the VLA, the same stage 2; and
+    iRe-VLA-freeze's flag: the VLM is bit for bit the parent's."""
     project, _ = undisturbed
     project.must("bash", "loop.sh", "toy", "1", SMOKE="1", METHOD="ppo-replay", START="runs/toy-seed0-smoke/0-sft")
     run, stages = project.folder / "runs/toy-ppo-replay-seed0-smoke", ["0-sft", "1-rl-blue", "1-sft"]

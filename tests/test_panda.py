@@ -1,6 +1,7 @@
 """The simulated Panda and the real robot's client: protocol, limits, faults, clocks, people. No hardware is needed."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -359,6 +360,23 @@ def test_a_state_beyond_the_limits_is_a_fault(change, says):
     *_, truncated, info = env.step(0 * FORWARD)
     assert truncated and says in info["fault"] and "told to hold" in info["fault"]
     assert np.array_equal(link.poses[-1][0][:3], good["pose"][:3])
+
+
+def test_an_arm_astray_waits_for_a_person_but_not_in_simulation(robot):
+    """Near a joint's limit the episode ends; the simulation's reset puts the arm back, a real one needs somebody."""
+    env = panda.make("pick-red-block")
+    env.reset(seed=0)
+    limits, env.limits = env.limits, dataclasses.replace(env.limits, q_margin=3.0)
+    *_, truncated, info = env.step(0 * FORWARD)
+    assert truncated and "from its limit" in info["fault"]
+    env.limits = limits
+    env.reset(seed=1)
+    assert "fault" not in env.step(0 * FORWARD)[4]
+    env.fault, scene, env.scene = Fault("joint 7 is near", astray=True), env.scene, NoScene()
+    with pytest.raises(real_robot.Refusal, match="see to the robot"):
+        env.reset(seed=2)
+    env.scene = scene
+    env.close()
 
 
 def test_a_joint_reset_that_lies(robot):
