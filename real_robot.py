@@ -126,7 +126,7 @@ class Setup:
 
 class Fault(Exception):
     """The episode cannot go on: one sentence. `person`: nor can the next, before a person has looked and said so.
-    `astray`: the arm obeys, but is where it must not be; in simulation the reset puts it back."""
+    `astray`: the arm obeys, but is where or what it must not be; in simulation the reset puts it back."""
 
     def __init__(self, sentence, person=False, astray=False):
         super().__init__(sentence)
@@ -565,9 +565,9 @@ class Panda(gym.Env):
         if room.min() < limits.q_margin:
             raise Fault(f"joint {room.argmin() + 1} is {room.min():.2f} rad from its limit", astray=True)
         if (force := np.linalg.norm(state["force"])) > limits.force:
-            raise Fault(f"the hand is pushed with {force:.0f} N", person=True)
+            raise Fault(f"the hand is pushed with {force:.0f} N", astray=True)
         if (speed := np.linalg.norm(state["vel"][:3])) > limits.speed:
-            raise Fault(f"the hand moves at {speed:.2f} m/s", person=True)
+            raise Fault(f"the hand moves at {speed:.2f} m/s", astray=True)
         # An arm that was told to go on, meets nothing and stands still: braked by a reflex or the user stop, or the
         # state is an old one. The server says no more, so a person must.
         far = np.linalg.norm(self.target[0] - self.place) > 0.01 if self.target else False
