@@ -153,7 +153,7 @@ def test_sacfd_solves_a_problem_with_known_optimum(project, weak):
     """From a policy that succeeds half the time to always; the VLM stays bit-identical, the head's outputs within the
     actions, and the demonstrations are zero-shot successes."""
     before, out = files(weak), project.folder / "runs/sac/1-rl-blue"
-    project.must(*command(weak, out, "--env-steps", "1500"))
+    project.must(*command(weak, out, "--env-steps", "1000"))
     assert files(weak) == before
     tasks = json.loads((out / "eval.json").read_text())["tasks"]
     assert np.mean(tasks["blue"]["success"]) > 0.9
@@ -172,7 +172,7 @@ def test_the_buffer_survives_a_kill(project, weak):
     """Killed at any instant, the same command goes on with the rows it had: none lost up to the saved state."""
     out = project.folder / "runs/sac-kill/1-rl-blue"
     partial = out.with_name(".1-rl-blue.partial")
-    go = command(weak, out, "--env-steps", "1200", "--episodes", "0", "--sacfd.utd", "1")
+    go = command(weak, out, "--env-steps", "1000", "--episodes", "0", "--sacfd.utd", "1")
     process = project.start(*go, STATE_EVERY="0")
     for _ in range(1200):
         if len(list(partial.glob("replay-*.safetensors"))) >= 2 and (partial / "state.safetensors").exists():
@@ -186,5 +186,5 @@ def test_the_buffer_survives_a_kill(project, weak):
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-2000:]
     log = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert log == sorted(set(log)) and log[-1] >= 1200
+    assert log == sorted(set(log)) and log[-1] >= 1000
     assert {name: (out / name).read_bytes() for name in kept} == kept
