@@ -267,13 +267,14 @@ class VLA(nn.Module):
 
     @classmethod
     def create(cls, vlm, instructions, action_dim, domain, image_size, lora_rank, lora_targets, dtype, folder):
-        """A new VLA around `vlm`: "tiny" (built in folder/vlm, by rank 0), a local BLIP-2 folder, or a hub name."""
+        """A new VLA around `vlm`: "tiny" (built in folder/vlm, by rank 0), a local BLIP-2 folder, or a hub name.
+        dtype: of the VLM's arithmetic, or "" for what this machine is fastest with."""
         if vlm == "tiny" and ranks()[0] == 0:
             build_tiny(Path(folder) / "vlm", instructions, image_size)
         together()
         config = {
             "vlm": vlm, "weights": "vlm" if vlm == "tiny" else vlm, "domain": domain, "action_dim": action_dim,
-            "image_size": image_size, "dtype": dtype,
+            "image_size": image_size, "dtype": dtype or pick_dtype(train_whole=vlm == "tiny"),
         }  # fmt: skip
         vla = cls(*load_vlm(Path(folder), config, train_whole=vlm == "tiny"), config)
         if vlm != "tiny":
@@ -380,9 +381,16 @@ def load_vlm(folder, config, train_whole):
         image_processor = BlipImageProcessorPil.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise no_blip2(source, error) from error
-    if not torch.cuda.is_available():  # torch's fused attention trains 2.5 times slower on a CPU at these lengths
-        vlm.set_attn_implementation("eager")
+    if not torch.cuda.is_available() and config["dtype"] == "bfloat16":
+        vlm.set_attn_implementation("eager")  # torch's fused attention trains 2.5 times slower so at these lengths
     return vlm.eval(), tokenizer, image_processor  # eval: no dropout, so that h is a function of o and l alone
+
+
+def pick_dtype(train_whole):
+    """bfloat16; but float32 for weights that are float32 anyway, since all of them are trained, on a CPU without units
+    for bfloat16 (AMX): there it is 1.4 times faster (results/experiments.md)."""
+    slow = not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported()
+    return "float32" if slow and train_whole else "bfloat16"
 
 
 def no_blip2(source, error):
@@ -392,8 +400,8 @@ def no_blip2(source, error):
     )
 
 
-def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(3, 2, 2), queries=8):
-    """Write a BLIP-2 of stock classes with 1.7 M random weights, and a tokenizer that knows the words of `sentences`.
+def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(2, 1, 2), queries=8):
+    """Write a BLIP-2 of stock classes with 1.2 M random weights, and a tokenizer that knows the words of `sentences`.
 
     layers: of the vision tower, Q-Former, language model. The random numbers come from torch's global generator.
     """

@@ -14,7 +14,7 @@ python plan.py --domain metaworld --vlm tiny
 python plan.py --domain kitchen --vlm /models/blip2-opt-2.7b --stage0="--lora-targets language --batch 32"
 """
 
-from run import Refusal, check_memory, main, pick_device, read_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, check_memory, free_memory, main, pick_device, read_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import contextlib
 import math
@@ -42,7 +42,7 @@ import stage_rl
 import stage_sft
 from data import attempts
 from evaluate import all_tasks
-from model import VLA, build_tiny, freeze, load_domain, no_blip2
+from model import VLA, build_tiny, freeze, load_domain, no_blip2, pick_dtype
 from report import stage_order
 
 
@@ -95,7 +95,7 @@ def count(config, stage0, action_dim, words, whole, freeze_vlm=False, cache=Fals
     kept = {}
     with torch.device("meta"):
         vlm = Blip2ForConditionalGeneration(config).eval().to(torch.float32 if whole else dtype)
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and stage0.dtype == "bfloat16":
             vlm.set_attn_implementation("eager")  # as load_vlm does
         parameters = sum(p.numel() for p in vlm.parameters())
         vla = VLA(vlm, None, normal, {"action_dim": action_dim, "dtype": stage0.dtype})
@@ -230,7 +230,7 @@ def check_sft(name, a, c, others, device):
     parts, one = {**fixed, "activations": c.kept * -(-a.batch // a.accumulate)}, f"{c.kept / 1e6:,.1f} MB a sample"
     if os.environ.get("SFT_LAUNCH"):  # another machine's memory, or several processes'
         return print(f"{name}: {sum(parts.values()) / 1e9:,.2f} GB, {one}, less where processes share the batch")
-    room = free(device) - sum(fixed.values())
+    room = free_memory(device) - sum(fixed.values())
     ways = [f"--accumulate {math.ceil(1.6 * a.batch * c.kept / room)}"] * (room > 2 * c.kept)  # 1.6: the peak
     if room > 0:  # else the weights alone are too large
         ways += ["--checkpointing"] * (not a.checkpointing)
@@ -256,10 +256,6 @@ def check_rl(a, algo, c, budget, per_simulator, others, device):
     check_memory(sum(parts.values()), device, told("RL", parts), f"{way}, or a smaller --vlm")
 
 
-def free(device):
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 def told(name, parts):
     return f"{name}: {', '.join(f'{what} {x / 1e9:,.2f}' for what, x in parts.items())}; together they"
 
@@ -273,11 +269,11 @@ def story(args):
         args.vlm = read_json(Path(args.run) / "0-sft/config.json")["vlm"]
     given = ["--parent", "", "--out", "", "--domain", args.domain]
     stage0 = tyro.cli(stage0_sft.Args, args=[*given[2:], "--vlm", args.vlm, *shlex.split(args.stage0)])
+    stage0.dtype = stage0.dtype or pick_dtype(train_whole=args.vlm == "tiny")
     rl = tyro.cli(stage_rl.Args, args=["--task", domain.RL_TASKS[0], *given, *shlex.split(args.rl)])
     sft = tyro.cli(stage_sft.Args, args=[*given, *shlex.split(args.sft)])
-    algo, device = rl.algo or domain.ALGO, pick_device(stage0.device)
+    (algo, budget), device = stage_rl.algo_and_budget(rl, domain), pick_device(stage0.device)
     steps = domain.STEPS if stage0.steps is None else stage0.steps
-    budget = rl.env_steps or (150_000 if algo == "ppo" else 30_000)
     sentences, rounds = sorted(set(domain.INSTRUCTIONS.values())), len([s for s in left if s.endswith("-sft")])
     action_dim, per_simulator, decision = simulator(domain, stage0.image_size)
     base = {"Python": psutil.Process().memory_info().rss - per_simulator} if device.type == "cpu" else {}

@@ -261,16 +261,17 @@ def story(args):
         return print(text, end="")
     r = report(args)
     domain, folder = load_domain(r["domain"]), Path(args.run)
+    text = markdown(r, domain)
     write_json(folder / "report.json", r)
     with whole(folder / "report.md") as tmp:
-        tmp.write_text(markdown(r, domain))
+        tmp.write_text(text)
     with whole(folder / "report.png") as tmp:
         picture(r, domain, tmp)
     if r["stages"]:
         last = folder / r["stages"][-1]["name"]
         with whole(last / "README.md") as tmp:
-            tmp.write_text(model_card(last, markdown(r, domain)))
-    for line in markdown(r, domain).splitlines()[4:]:
+            tmp.write_text(model_card(last, text))
+    for line in text.splitlines()[4:]:
         if not line:
             break
         print(line)

@@ -286,9 +286,14 @@ def pick_device(name=""):
     return device
 
 
+def free_memory(device):
+    """Bytes of memory that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def check_memory(size, device, what, instead):
     """Say how large `what` is, `size` bytes on the device. Raises Refusal, with the way out, when that is not free."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(device)
     sentence = f"{what} take {size / 1e9:,.2f} GB of the {free / 1e9:,.2f} GB of memory that are free on {device}"
     if size > free:
         raise Refusal(f"{sentence}: {instead}")

@@ -243,9 +243,9 @@ def demonstrations(vla, folder, encode):
 # Training
 
 
-def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, recent, best):
-    """SACfD until convergence or the budget's end. Changes phi, the critics, `counters`, `recent` and `best`; yields
-    after each hundred rows, when all of them belong together."""
+def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, recent, keep_best):
+    """SACfD until convergence or the budget's end. Changes phi, the critics, `counters`, `recent` and, by `keep_best`,
+    the best head so far; yields after each hundred rows, when all of them belong together."""
     device, instruction, how = vla.device, domain.INSTRUCTIONS[args.task], args.sacfd
     name, size, N = domain.__name__.split(".")[-1], vla.config["image_size"], args.envs
     actor = optimizer.param_groups[0]["params"]
@@ -319,10 +319,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
                     began_at[i] = replay.t + 1
                 counters["env_steps"] += int(valid.sum())
                 owed += how.utd * int(valid.sum())
-                success = float(np.mean(recent)) if recent else 0.0
-                if len(recent) == recent.maxlen and success >= counters["best"]:  # of equals the later
-                    counters["best"] = success
-                    best.update({name: p.detach().clone() for name, p in vla.named_parameters() if p.requires_grad})
+                success = keep_best()
             counters["iteration"] += 1
             counters["rows"] = replay.t
             seconds = time.time() - began

@@ -11,7 +11,7 @@ Where the paper is silent or this differs from it:
    domains (KICKS) a few decisions in a row are random now and then, so that it also shows how to come back from a miss.
 2) The error is taken in units of each action dimension's standard deviation over D_e, so that each counts alike; mean
    and deviation travel in the checkpoint.
-3) Every task is drawn equally often, however long its episodes are. Images are shifted at random by up to 4 pixels, and
+3) Every task is drawn equally often, however long its episodes are. Images are shifted at random by up to 2 pixels, and
    half of them get other colours: a VLM that has seen the world would not need that, `tiny` has not.
 4) AdamW, linear warm-up, cosine to zero; the weights kept are an exponential moving average over the last steps.
 5) The `tiny` VLM is random, so all its weights are trained here; a pre-trained one gets LoRA, as in the paper.
@@ -66,13 +66,13 @@ class Args:
     batch: int = 256  # frames of each step
     lr: float = 7e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
-    shift: int = 4  # random image shift, pixels
+    shift: int = 2  # random image shift, pixels
     cache: bool = False  # keep the frozen image side's outputs on disk, made once; images are then not augmented
     accumulate: int = 1  # parts of each batch that pass the VLM one after the other; the same gradient, less memory
     checkpointing: bool = False  # compute the VLM's layers again in the backward pass: less memory, more time
     lora_rank: int = 32  # of a pre-trained VLM's LoRA
     lora_targets: str = "all"  # all linear layers, or those of the language model only
-    dtype: str = "bfloat16"  # of the VLM's arithmetic: bfloat16 or float32
+    dtype: str = ""  # of the VLM's arithmetic, bfloat16 or float32; empty: what this machine is fastest with
     episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
     seed: int = 0  # of weights, batches and noise
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
@@ -247,7 +247,7 @@ def story(args):
         vla.checkpoint_layers()
     if args.cache:
         data.cache(vla)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     average = torch.optim.swa_utils.AveragedModel(
         torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )

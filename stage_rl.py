@@ -138,6 +138,12 @@ def ppo_update(args, vla, critic, optimizer, flat, rows, mask, warm, generator, 
     return np.mean(stats, axis=0)
 
 
+def algo_and_budget(args, domain):
+    """(algorithm, budget of decisions) of a stage with these arguments."""
+    algo = args.algo or domain.ALGO
+    return algo, args.env_steps or (150_000 if algo == "ppo" else 30_000)
+
+
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
     check_task(args.task, domain)
@@ -154,12 +160,11 @@ def story(args):
     freeze(vla.theta(), not args.train_vlm)
     instruction, dim = domain.INSTRUCTIONS[args.task], vla.head.mlp[0].in_features
     vla.log_std.data.fill_(np.log(args.std))
-    algo = args.algo or domain.ALGO
+    algo, budget = algo_and_budget(args, domain)
     if args.train_vlm and algo != "ppo":
         raise Refusal(
             "--train-vlm goes with --algo ppo: SACfD's buffer holds latents, which last only while theta does"
         )
-    budget = args.env_steps or (150_000 if algo == "ppo" else 30_000)
     if algo == "ppo":
         learn, rates, critic = train, args, Head(dim, 1).to(device)
     else:
@@ -188,6 +193,15 @@ def story(args):
         stage.save(state | optimizer_tensors(optimizer), {**counters, "recent": list(recent)})
 
     recent = deque(counters["recent"], maxlen=100)  # the last training episodes: 1 success, 0 time-out
+
+    def keep_best():
+        """The share of successes in `recent`. Keeps the weights where no full `recent` had a greater one."""
+        success = float(np.mean(recent)) if recent else 0.0
+        if len(recent) == recent.maxlen and success >= counters["best"]:  # of equals the later
+            counters["best"] = success
+            best.update({name: p.detach().clone() for name, p in learned.items()})
+        return success
+
     moving = "theta too" if args.train_vlm else "theta frozen"
     print(f"stage 1: Eq. 3 on {args.task} ({instruction!r}) | {describe(vla)}, {moving}")
     folder = out.parent / "D_rl" / args.task
@@ -197,7 +211,7 @@ def story(args):
         print(f"demonstrations: {made} zero-shot successes of {attempted} attempts, {decisions} decisions, in {folder}")
         counters["env_steps"] += decisions
     if not counters["finished"]:
-        for _ in learn(args, budget, domain, vla, critic, optimizer, stage, counters, recent, best):
+        for _ in learn(args, budget, domain, vla, critic, optimizer, stage, counters, recent, keep_best):
             if stage.due():
                 save()
         counters["finished"] = True
@@ -221,9 +235,9 @@ def story(args):
     evaluate_stage(out, domain, args.episodes, device, args.envs, vla)
 
 
-def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent, best):
-    """PPO until convergence or the budget's end. Changes phi, the critic, `counters`, `recent` and `best`, the best
-    head so far; yields after each iteration, when all of them belong together."""
+def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent, keep_best):
+    """PPO until convergence or the budget's end. Changes phi, the critic, `counters`, `recent` and, by `keep_best`, the
+    best head so far; yields after each iteration, when all of them belong together."""
     device, instruction = vla.device, domain.INSTRUCTIONS[args.task]
     name, size = domain.__name__.split(".")[-1], vla.config["image_size"]
     groups = np.array_split(np.arange(args.envs), min(2, args.envs))  # one steps while the other's images are encoded
@@ -292,10 +306,7 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
                     if t + 1 < T:
                         decide(t + 1, k)
             counters["env_steps"] += int(valid.sum())
-            success = float(np.mean(recent)) if recent else 0.0
-            if len(recent) == recent.maxlen and success >= counters["best"]:  # of equals the later
-                counters["best"] = success
-                best.update({name: p.detach().clone() for name, p in vla.named_parameters() if p.requires_grad})
+            success = keep_best()
             # ----------------------------------------------------------------------
             # PPO on the stored latents
             t_rollout = time.time()

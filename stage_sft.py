@@ -54,11 +54,11 @@ class Args:
     freeze_vlm: bool = False  # train phi alone: iRe-VLA-freeze
     theta: str = "whole"  # of a VLM without LoRA, train: whole, or lora (added here)
     lora_rank: int = 32  # of that new LoRA
-    steps: int = 1000  # optimizer steps
+    steps: int = 700  # optimizer steps
     batch: int = 256  # frames of each step
     lr: float = 2e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
-    shift: int = 4  # random image shift, pixels
+    shift: int = 2  # random image shift, pixels
     cache: bool = False  # keep the frozen image side's outputs on disk, made once; images are then not augmented
     accumulate: int = 1  # parts of each batch that pass the VLM one after the other; the same gradient, less memory
     checkpointing: bool = False  # compute the VLM's layers again in the backward pass: less memory, more time
@@ -96,7 +96,7 @@ def story(args):
         vla.checkpoint_layers()
     if args.cache:
         data.cache(vla)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     average = torch.optim.swa_utils.AveragedModel(
         torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )

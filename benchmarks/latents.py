@@ -9,7 +9,6 @@ python benchmarks/latents.py --checkpoint runs/metaworld-seed0/0-sft
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,10 +17,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import stage_rl  # noqa: E402
+from benchmarks._turns import in_turns  # noqa: E402
 from data import Episodes  # noqa: E402
-from model import VLA, Head, load_domain, log_prob  # noqa: E402
+from model import VLA, Head, load_domain  # noqa: E402
 from run import write_json  # noqa: E402
-from stage_rl import ppo_losses  # noqa: E402
 
 
 def main():
@@ -42,7 +42,9 @@ def main():
     data = Episodes({Path(args.data) / vla.config["domain"] / task: 1.0}, domain, vla.config["image_size"])
     images, sentences, _ = data.batch(np.random.default_rng(0), args.decisions)
     critic = Head(vla.head.mlp[0].in_features, 1)
-    optimizer = torch.optim.Adam([*vla.phi(), vla.log_std, *critic.parameters()], lr=1e-5)
+    optimizer = torch.optim.Adam(
+        [{"params": [*vla.phi(), vla.log_std]}, {"params": list(critic.parameters())}], lr=1e-5, eps=1e-5, fused=True
+    )
 
     @torch.no_grad()
     def encode(b):
@@ -55,25 +57,17 @@ def main():
     with torch.no_grad():
         action, logp = vla.explore(h.float(), mask, torch.Generator().manual_seed(0))
 
-    def update(latents):
-        began = time.perf_counter()
-        for _ in range(args.epochs):
-            for b in np.random.default_rng(0).permutation(args.decisions).reshape(-1, args.minibatch):
-                x = latents(b).float()
-                new_logp = log_prob(action[b], vla.mean(x, mask), vla.log_std)
-                value = critic(x, mask)[:, 0]
-                policy, value_loss, _, _ = ppo_losses(new_logp, logp[b], advantage[b], value, target[b], 0.2)
-                optimizer.zero_grad()
-                (policy + value_loss).backward()
-                optimizer.step()
-        return time.perf_counter() - began
+    settings = stage_rl.Args(
+        task="", parent="", out="", epochs=args.epochs, minibatch=args.minibatch, target_kl=float("inf")
+    )
+    flat = {"h": h, "action": action, "logp": logp, "advantage": advantage, "target": target}
+    rows, generator = torch.arange(args.decisions), torch.Generator()
 
-    sides = {"ours": lambda b: h[b], "theirs": lambda b: encode(b)[0]}
-    seconds = {side: [] for side in sides}
-    for _ in range(args.rounds + 1):
-        for side, latents in sides.items():
-            seconds[side].append(update(latents))
-    row = {side: round(float(np.median(times[1:])), 3) for side, times in seconds.items()}
+    def update(again=None):
+        stage_rl.ppo_update(settings, vla, critic, optimizer, flat, rows, mask, False, generator, None, again)
+
+    sides = {"ours": update, "theirs": lambda: update(lambda b: encode(b.numpy())[0])}
+    row = {side: round(s, 3) for side, s in in_turns(sides, args.rounds).items()}
     row["ratio"] = round(row["theirs"] / row["ours"], 1)
     print(f"seconds an update of {args.epochs} epochs over {args.decisions} decisions: {row}")
     write_json(

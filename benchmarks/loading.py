@@ -35,37 +35,19 @@ import numpy as np  # noqa: E402
 TASKS, SIZE = ["drawer-open", "door-open", "button-press", "window-open"], 64
 
 
-def record():
-    """An expert episode of each task: (image (T, H, W, 3), action (T, A)) each."""
-    from domains import metaworld as domain
-
-    for task in TASKS:
-        env = domain.make(task, SIZE)
-        (obs, _), images, actions, ended = env.reset(seed=0), [], [], False
-        while not ended:
-            action = domain.expert(env)
-            images.append(obs)
-            actions.append(action)
-            obs, _, term, trunc, _ = env.step(action)
-            ended = term or trunc
-        env.close()
-        yield np.stack(images), np.stack(actions)
-
-
 def write(folder, gigabytes):
     """The set in three formats, folder/<format>/<task>/000000..., and the number of its frames."""
-    from data import write_episode
-    from domains import metaworld as domain
+    from data import open_episode
+    from stage0_sft import record
 
     originals, frames = [], 0
-    for task, (image, action) in zip(TASKS, record()):
+    for task in TASKS:
         where = {name: folder / name / task for name in ("ours", "npz", "npz compressed")}
         for path in where.values():
             path.mkdir(parents=True)
-        write_episode(
-            where["ours"] / "000000.safetensors", image, action, np.zeros(len(image)), domain="metaworld", task=task,
-            instruction=domain.INSTRUCTIONS[task], source="expert", seed=0, protocol=domain.PROTOCOL,
-        )  # fmt: skip
+        record(("metaworld", task, SIZE, 0.0, 0.0, where["ours"], 0))  # the expert's first attempt, without noise
+        episode, _ = open_episode(where["ours"] / "000000.safetensors")
+        image, action = episode.get_tensor("image"), episode.get_tensor("action")
         np.savez(where["npz"] / "000000.npz", image=image, action=action)
         np.savez_compressed(where["npz compressed"] / "000000.npz", image=image, action=action)
         originals.append((where, image.nbytes, len(image)))

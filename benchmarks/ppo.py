@@ -11,19 +11,18 @@ python benchmarks/ppo.py --tokens 36 --dim 2560 --decisions 256 --minibatch 64  
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from stable_baselines3 import PPO  # noqa: E402
 from stable_baselines3.common.logger import Logger  # noqa: E402
 
 import stage_rl  # noqa: E402
-from benchmarks.sacfd import Policy, Pooled, Still  # noqa: E402  a VLA's head, and the same net for Stable-Baselines3
+from benchmarks._turns import in_turns  # noqa: E402
+from benchmarks.sacfd import Policy, Still, their_net  # noqa: E402  a VLA's head, and the same net for Stable-Baselines3
 from model import Head  # noqa: E402
 from run import read_json, write_json  # noqa: E402
 
@@ -47,10 +46,7 @@ def their_update(args, h, action, logp, advantage, target):
     ppo = PPO(
         "MlpPolicy", Still(args.tokens * args.dim, args.action_dim), n_steps=args.decisions, device="cpu",
         batch_size=args.minibatch, n_epochs=args.epochs, learning_rate=1e-5, ent_coef=0.0, vf_coef=1.0,
-        policy_kwargs=dict(
-            features_extractor_class=Pooled, features_extractor_kwargs=dict(tokens=args.tokens),
-            share_features_extractor=False, net_arch=[256, 256], activation_fn=torch.nn.GELU,
-        ),
+        policy_kwargs=their_net(args.tokens) | {"share_features_extractor": False},
     )  # fmt: skip
     ppo.set_logger(Logger(folder=None, output_formats=[]))
     buffer = ppo.rollout_buffer
@@ -80,13 +76,7 @@ def main():
     rollout = torch.randn(n, args.tokens, args.dim), torch.randn(n, args.action_dim), *torch.randn(3, n)
 
     sides = {"ours": our_update(args, *rollout), "theirs": their_update(args, *rollout)}
-    seconds = {side: [] for side in sides}
-    for _ in range(args.rounds + 1):
-        for side, update in sides.items():
-            began = time.perf_counter()
-            update()
-            seconds[side].append(time.perf_counter() - began)
-    row = {side: round(n * args.epochs / float(np.median(times[1:]))) for side, times in seconds.items()}
+    row = {side: round(n * args.epochs / s) for side, s in in_turns(sides, args.rounds).items()}
     row["ratio"] = round(row["ours"] / row["theirs"], 2)
     name = f"PPO update, samples/s (M {args.tokens}, D {args.dim}, minibatch {args.minibatch})"
     print(f"{name}: {row}")

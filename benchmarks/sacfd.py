@@ -54,6 +54,14 @@ class Pooled(BaseFeaturesExtractor):
         return self.learner(h, self.mask.expand(len(h), -1))
 
 
+def their_net(tokens):
+    """Stable-Baselines3's settings for the head's shape."""
+    return dict(
+        features_extractor_class=Pooled, features_extractor_kwargs=dict(tokens=tokens), net_arch=[256, 256],
+        activation_fn=torch.nn.GELU,
+    )  # fmt: skip
+
+
 class Still(gym.Env):
     """Spaces without a world."""
 
@@ -84,10 +92,7 @@ def main():
     )
     theirs = SAC(
         "MlpPolicy", Still(M * D, A), batch_size=how.batch, buffer_size=2 * rows, device="cpu",
-        policy_kwargs=dict(
-            features_extractor_class=Pooled, features_extractor_kwargs=dict(tokens=M), net_arch=[256, 256],
-            activation_fn=torch.nn.GELU,
-        ),
+        policy_kwargs=their_net(M),
     )  # fmt: skip
     theirs.set_logger(Logger(folder=None, output_formats=[]))
     latents = np.random.default_rng(0).normal(size=(rows + 1, M, D)).astype(np.float32)

@@ -17,7 +17,6 @@ python benchmarks/scaling.py --rounds 2 --most 1000 --envs 1 2 --images 64 96   
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +26,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode  # noqa: E402
 
+from benchmarks._turns import in_turns  # noqa: E402
 from data import Episodes, write_episode  # noqa: E402
 from domains import metaworld as domain  # noqa: E402
 from evaluate import all_tasks  # noqa: E402
@@ -34,17 +34,6 @@ from model import VLA, load_domain  # noqa: E402
 from run import write_json  # noqa: E402
 
 T, SIZE, SENTENCE = 40, 64, "open the drawer"
-
-
-def in_turns(works, rounds):
-    """{size: median seconds} of {size: function}; a first turn of each does not count."""
-    seconds = {size: [] for size in works}
-    for _ in range(rounds + 1):
-        for size, work in works.items():
-            began = time.perf_counter()
-            work()
-            seconds[size].append(time.perf_counter() - began)
-    return {size: float(np.median(times[1:])) for size, times in seconds.items()}
 
 
 def record(folder, task, episodes):

@@ -258,12 +258,7 @@ class Kitchen(gym.Env):
         """The policy's view at another size, (size, size, 3) uint8, up to 240 pixels: above the kitchen, below what is
         around the hand, seen from the same side. Also for videos."""
         self.near.lookat[:] = self.hand_pose()[0]
-        views, top = [], size // 2
-        for view, height in ((None, top), (self.near, size - top)):
-            # at twice the size and averaged, because knobs and switch are only a few pixels large
-            fine = self.screen.draw(self.data, 2 * size, 2 * height, view).reshape(height, 2, size, 2, 3)
-            views.append(((fine.sum((1, 3), np.uint16) + 2) // 4).astype(np.uint8))
-        return np.vstack(views)
+        return self.screen.stacked(self.data, size, (self.screen.view, self.near))
 
     def render(self):
         return self.picture(_render.BUFFER // 2)
