@@ -16,9 +16,9 @@ With `--cache` the SFT stages keep beside the episodes what a frozen vision towe
 <task>/.tokens-<key>/000017.safetensors, q (T, Q, D) bfloat16, 160 KB an image at the paper's size. Such a folder can be
 deleted at any time.
 
-python data.py import --from minari --dataset D4RL/kitchen/complete-v2 --domain kitchen       demonstrations into D_e
-python data.py import --from lerobot --dataset user/drawers --domain metaworld --task drawer-open       the same
-python data.py export --to lerobot --data runs/D_e/metaworld --out drawers       and back, bit for bit, with `import`
+python data.py import --from minari --dataset USER/DATASET --domain NAME       demonstrations into D_e
+python data.py import --from lerobot --dataset USER/DATASET --domain NAME --task TASK       the same
+python data.py export --to lerobot --data runs/D_e/NAME --out FOLDER       and back, bit for bit, with `import`
 """
 
 from run import Refusal, main, ranks, read_json, together, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
@@ -215,7 +215,7 @@ def lerobot_dataset():
     return LeRobotDataset
 
 
-def export_episodes(out: str, data: str = "runs/D_e/metaworld", to: Literal["lerobot"] = "lerobot", fps: int = 10):
+def export_episodes(out: str, data: str, to: Literal["lerobot"] = "lerobot", fps: int = 10):
     """Write episodes as a LeRobot data set (v3, images as PNG, so that nothing is lost); `import` reads it back.
 
     Args:
@@ -263,7 +263,7 @@ def import_episodes(
     """Add a LeRobot or Minari data set's episodes to D_e; they count among a task's demonstrations.
 
     Args:
-        dataset: a LeRobot data set's folder or hub name, or Minari's name for one, e.g. D4RL/kitchen/complete-v2.
+        dataset: a LeRobot data set's folder or hub name, or Minari's name for one.
         source: whose data set it is.
         domain: domains/<name>.py; needless for what `export` wrote.
         data: D_e's folder. What `export` wrote gets back the paths that it had under export's --data.

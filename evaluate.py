@@ -5,8 +5,8 @@ The greedy policy plays fixed episodes (data.EVAL_SEED + 0, 1, ...) that nothing
 and for every method, so that two policies can be compared episode by episode. A rate is k successes of n episodes with
 its 95 % Wilson interval (the paper states neither its episodes, which are 25 a task by its numbers, nor intervals).
 
-python evaluate.py --checkpoint runs/metaworld-seed0/0-sft            all tasks, 25 episodes each, about 2 minutes
-python evaluate.py --checkpoint runs/metaworld-seed0/0-sft --tasks drawer-open --episodes 3 --video drawer.mp4
+python evaluate.py --checkpoint runs/NAME-seed0/0-sft            all tasks, 25 episodes each, about 2 minutes
+python evaluate.py --checkpoint runs/NAME-seed0/0-sft --tasks TASK --episodes 3 --video task.mp4
 """
 
 from run import Refusal, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported

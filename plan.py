@@ -10,8 +10,8 @@ Memory is that of one process. Activations are what autograd keeps; the peak of 
 that. What cannot be known before is taken at its most (every episode as long as the horizon, RL until its budget is
 spent), but for times: there an episode lasts half of the horizon.
 
-python plan.py --domain metaworld --vlm tiny
-python plan.py --domain kitchen --vlm /models/blip2-opt-2.7b --stage0="--lora-targets language --batch 32"
+python plan.py --domain NAME --vlm tiny
+python plan.py --domain NAME --vlm /models/blip2-opt-2.7b --stage0="--lora-targets language --batch 32"
 """
 
 from run import Refusal, check_memory, free_memory, main, pick_device, read_json  # isort: skip  first, for Ctrl-C while torch is imported
@@ -48,12 +48,12 @@ from report import stage_order
 
 @dataclass
 class Args:
-    domain: str = "metaworld"  # domains/<name>.py
+    domain: str  # domains/<name>.py
     vlm: str = "tiny"  # tiny, a local BLIP-2 folder, or a hub name such as Salesforce/blip2-opt-2.7b
     rounds: int = 4  # of RL and SFT
     method: str = "ire-vla"  # loop.sh's METHOD; sft-only has no RL
     seed: int = 0  # the run's, for the record
-    run: str = "runs/metaworld-seed0"  # the run's folder; its finished stages are not planned again
+    run: str = ""  # the run's folder, whose finished stages are not planned again; empty: runs/<domain>-seed<seed>
     data: str = "runs/D_e"  # D_e's folder
     stage0: str = ""  # further arguments of stage0_sft.py, as in --stage0="--batch 64"
     rl: str = ""  # the same for stage_rl.py
@@ -262,6 +262,7 @@ def told(name, parts):
 
 def story(args):
     domain = load_domain(args.domain)
+    args.run = args.run or f"runs/{args.domain}-seed{args.seed}"
     left = announce(args, domain)
     if not left:
         return

@@ -5,9 +5,9 @@ what was forgotten.
 Reads the eval.json and summary.json of a run's finished stages; writes report.json, report.md, report.png beside them,
 and a model card, README.md, into the last stage's checkpoint, so that the folder can be uploaded to the hub as it is.
 
-python report.py --run runs/metaworld-seed0
-python report.py --table results/metaworld/ire-vla-seed0 results/metaworld/ire-vla-seed1 --out results/metaworld
-python report.py --curves runs/fig4-metaworld-seed0/s*/* --out runs/fig4-metaworld-seed0
+python report.py --run runs/NAME-seed0
+python report.py --table results/NAME/ire-vla-seed0 results/NAME/ire-vla-seed1 --out results/NAME
+python report.py --curves runs/fig4-NAME-seed0/s*/* --out runs/fig4-NAME-seed0
 """
 
 from run import Refusal, main, read_json, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported

@@ -41,7 +41,7 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
-PACKAGES = ("torch", "transformers", "peft", "gymnasium", "mujoco", "metaworld", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy")  # the simulators' are in each domain's PROTOCOL
 FREE = (  # arguments that do not decide a stage's result
     "parent", "data", "out", "device", "threads", "episodes", "accumulate", "checkpointing",
 )  # fmt: skip

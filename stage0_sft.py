@@ -19,7 +19,7 @@ Where the paper is silent or this differs from it:
    SFT stages and keeps the result beside the episodes; images are then not augmented. `--accumulate 8` passes a batch
    in 8 parts, `--checkpointing` keeps only the layers' inputs: neither changes the gradient.
 
-python stage0_sft.py --domain metaworld --out runs/metaworld-seed0/0-sft        2 CPU cores: 2 + 15 minutes
+python stage0_sft.py --domain NAME --out runs/NAME-seed0/0-sft        2 CPU cores: 2 + 15 minutes
 """
 
 from run import (  # isort: skip  first, for Ctrl-C while torch is imported
@@ -54,9 +54,9 @@ from model import VLA, describe, freeze, load_domain
 
 @dataclass
 class Args:
-    domain: str = "metaworld"  # domains/<name>.py
+    domain: str  # domains/<name>.py
+    out: str  # the checkpoint to write, e.g. runs/<name>/0-sft
     data: str = "runs/D_e"  # expert episodes: <data>/<domain>/<task>/, shared by all runs
-    out: str = "runs/metaworld-seed0/0-sft"  # the checkpoint to write
     vlm: str = "tiny"  # tiny, a local BLIP-2 folder, or a hub name such as Salesforce/blip2-opt-2.7b
     demos: int = 50  # successful expert episodes of each task
     noise: float | None = None  # deviation of the noise on what the expert does; None: the domain's NOISE

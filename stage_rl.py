@@ -18,10 +18,10 @@ Where the paper is silent or this differs from it:
 5) D_rl: 50 successes of that head, after training, from initial states of their own. They are made as D_e is: executed
    with noise, labelled with the head's mean (results/experiments.md has the comparison with the executed action).
 
-python stage_rl.py --task drawer-open-new --parent runs/metaworld-seed0/0-sft --out runs/metaworld-seed0/1-rl
+python stage_rl.py --task TASK --parent runs/NAME-seed0/0-sft --out runs/NAME-seed0/1-rl-TASK
 """
 
-from run import Refusal, Stage, check_memory, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, Stage, check_memory, load_optimizer, main, optimizer_tensors, pick_device, read_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import os
 import time
@@ -45,9 +45,9 @@ from sacfd import Critics, SACfD, train_sacfd
 @dataclass
 class Args:
     task: str  # a task of the domain, by the paper one of its RL_TASKS
-    parent: str  # the checkpoint to start from, e.g. runs/metaworld-seed0/0-sft
-    out: str  # the checkpoint to write, e.g. runs/metaworld-seed0/1-rl-drawer-open-new; D_rl/ is made beside it
-    domain: str = "metaworld"  # domains/<name>.py
+    parent: str  # the checkpoint to start from, e.g. runs/<name>/0-sft
+    out: str  # the checkpoint to write, e.g. runs/<name>/1-rl-<task>; D_rl/ is made beside it
+    domain: str = ""  # domains/<name>.py; empty: the parent's
     algo: Literal["", "ppo", "sacfd"] = ""  # empty: the domain's ALGO; sacfd: few episodes, for a robot (sacfd.py)
     env_steps: int | None = None  # budget: decisions in all environments together; None: 150,000, or SACfD's 30,000
     converged: float = 0.97  # stop when this share of the last 100 training episodes succeeded
@@ -145,6 +145,7 @@ def algo_and_budget(args, domain):
 
 
 def story(args):
+    args.domain = args.domain or read_json(Path(args.parent) / "config.json")["domain"]
     domain, out = load_domain(args.domain), Path(args.out)
     check_task(args.task, domain)
     stage = Stage(args)

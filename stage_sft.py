@@ -14,7 +14,7 @@ Where the paper is silent or this differs from it:
 4) The `tiny` VLM is trained whole here too (results/experiments.md compares that with LoRA: `--theta lora`).
 5) A large VLM: `--cache`, `--accumulate` and `--checkpointing` as in stage 0, whose image tokens of D_e are used again.
 
-python stage_sft.py --parent runs/metaworld-seed0/1-rl-drawer-open-new --out runs/metaworld-seed0/1-sft
+python stage_sft.py --parent runs/NAME-seed0/1-rl-TASK --out runs/NAME-seed0/1-sft
 """
 
 from run import (  # isort: skip  first, for Ctrl-C while torch is imported
@@ -26,6 +26,7 @@ from run import (  # isort: skip  first, for Ctrl-C while torch is imported
     optimizer_tensors,
     pick_device,
     ranks,
+    read_json,
 )
 
 import math
@@ -46,10 +47,10 @@ from stage0_sft import augment, draw_augmentation, parallel, sft_gradient
 
 @dataclass
 class Args:
-    parent: str  # stage 1's checkpoint, e.g. runs/metaworld-seed0/1-rl-drawer-open-new
-    out: str  # the checkpoint to write, e.g. runs/metaworld-seed0/1-sft; D_rl/ is read beside it
+    parent: str  # stage 1's checkpoint, e.g. runs/<name>/1-rl-<task>
+    out: str  # the checkpoint to write, e.g. runs/<name>/1-sft; D_rl/ is read beside it
     data: str = "runs/D_e"  # expert episodes: <data>/<domain>/<task>/
-    domain: str = "metaworld"  # domains/<name>.py
+    domain: str = ""  # domains/<name>.py; empty: the parent's
     rl_weight: float = 2.0  # how often an RL task is drawn, an expert task being 1
     freeze_vlm: bool = False  # train phi alone: iRe-VLA-freeze
     theta: str = "whole"  # of a VLM without LoRA, train: whole, or lora (added here)
@@ -69,6 +70,7 @@ class Args:
 
 
 def story(args):
+    args.domain = args.domain or read_json(Path(args.parent) / "config.json")["domain"]
     domain, out = load_domain(args.domain), Path(args.out)
     (rank, world), stage = ranks(), Stage(args)
     device = pick_device(args.device)

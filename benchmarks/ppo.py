@@ -2,8 +2,9 @@
 
 Both sides: the same latents of random numbers, the same token learner and two hidden layers of 256 for actor and for
 critic, the same minibatches, epochs, clip, Adam. Ours is `ppo_update` of stage_rl.py; theirs is PPO.train() on a filled
-RolloutBuffer, so neither side has simulators. Ours keeps latents in bfloat16, theirs in float32. They take turns;
-medians. Writes results/benchmarks/ppo.json. Needs `pip install stable-baselines3`.
+RolloutBuffer, so neither side has simulators. Ours keeps latents in bfloat16, theirs in float32. Theirs runs twice:
+with our token learner, and with the same function written with torch's MultiheadAttention, as one would. They take
+turns; medians. Writes results/benchmarks/ppo.json. Needs `pip install stable-baselines3`.
 
 python benchmarks/ppo.py
 python benchmarks/ppo.py --tokens 36 --dim 2560 --decisions 256 --minibatch 64          the paper's latents
@@ -23,8 +24,22 @@ from stable_baselines3.common.logger import Logger  # noqa: E402
 import stage_rl  # noqa: E402
 from benchmarks._turns import in_turns  # noqa: E402
 from benchmarks.sacfd import Policy, Still, their_net  # noqa: E402  a VLA's head, and the same net for Stable-Baselines3
-from model import Head  # noqa: E402
+from model import Head, TokenLearner  # noqa: E402
 from run import read_json, write_json  # noqa: E402
+
+
+class Stock(TokenLearner):
+    """The token learner by torch's own attention (that both are one function, tests/test_model.py shows)."""
+
+    def __init__(self, dim, heads=4):
+        super().__init__(dim, heads)
+        self.attention = torch.nn.MultiheadAttention(dim, heads, batch_first=True)
+        del self.q, self.k, self.v, self.o
+
+    def forward(self, h, mask):
+        seed = self.seed.expand(len(h), 1, -1)
+        x = self.norm_att(self.seed + self.attention(seed, h, h, key_padding_mask=~mask, need_weights=False)[0][:, 0])
+        return self.norm_out(x + self.ff(x))
 
 
 def our_update(args, h, action, logp, advantage, target):
@@ -41,12 +56,12 @@ def our_update(args, h, action, logp, advantage, target):
     return lambda: stage_rl.ppo_update(settings, policy, critic, optimizer, flat, rows, mask, False, generator, None)
 
 
-def their_update(args, h, action, logp, advantage, target):
+def their_update(learner, args, h, action, logp, advantage, target):
     """The same by Stable-Baselines3, whose rollout is put in place."""
     ppo = PPO(
         "MlpPolicy", Still(args.tokens * args.dim, args.action_dim), n_steps=args.decisions, device="cpu",
         batch_size=args.minibatch, n_epochs=args.epochs, learning_rate=1e-5, ent_coef=0.0, vf_coef=1.0,
-        policy_kwargs=their_net(args.tokens) | {"share_features_extractor": False},
+        policy_kwargs=their_net(args.tokens, learner) | {"share_features_extractor": False},
     )  # fmt: skip
     ppo.set_logger(Logger(folder=None, output_formats=[]))
     buffer = ppo.rollout_buffer
@@ -75,13 +90,18 @@ def main():
     n = args.decisions
     rollout = torch.randn(n, args.tokens, args.dim), torch.randn(n, args.action_dim), *torch.randn(3, n)
 
-    sides = {"ours": our_update(args, *rollout), "theirs": their_update(args, *rollout)}
-    row = {side: round(n * args.epochs / s) for side, s in in_turns(sides, args.rounds).items()}
-    row["ratio"] = round(row["ours"] / row["theirs"], 2)
-    name = f"PPO update, samples/s (M {args.tokens}, D {args.dim}, minibatch {args.minibatch})"
-    print(f"{name}: {row}")
-    path = ROOT / "results/benchmarks/ppo.json"
-    write_json(path, (read_json(path) if path.exists() else {}) | {name: row})  # a row for each size
+    sides = {"ours": our_update(args, *rollout)}
+    learners = {"torch's attention": Stock, "our token learner": TokenLearner}
+    sides |= {name: their_update(learner, args, *rollout) for name, learner in learners.items()}
+    speed = {side: round(n * args.epochs / s) for side, s in in_turns(sides, args.rounds).items()}
+    path, ours = ROOT / "results/benchmarks/ppo.json", speed.pop("ours")
+    rows = read_json(path) if path.exists() else {}
+    for name, theirs in speed.items():  # a row for each size
+        row = {"ours": ours, "theirs": theirs, "ratio": round(ours / theirs, 2)}
+        size = f"M {args.tokens}, D {args.dim}, minibatch {args.minibatch}"
+        print(f"{size}; theirs with {name}: {row}")
+        rows[f"PPO update, samples/s ({size}; theirs with {name})"] = row
+    write_json(path, rows)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ class Policy(torch.nn.Module):
 class Pooled(BaseFeaturesExtractor):
     """The same token learner for SB3, whose observations are flat."""
 
-    def __init__(self, space, tokens):
+    def __init__(self, space, tokens, learner):
         super().__init__(space, space.shape[0] // tokens)
-        self.tokens, self.learner = tokens, TokenLearner(space.shape[0] // tokens)
+        self.tokens, self.learner = tokens, learner(space.shape[0] // tokens)
         self.mask = torch.ones(1, tokens, dtype=torch.bool)
 
     def forward(self, x):
@@ -54,11 +54,11 @@ class Pooled(BaseFeaturesExtractor):
         return self.learner(h, self.mask.expand(len(h), -1))
 
 
-def their_net(tokens):
+def their_net(tokens, learner=TokenLearner):
     """Stable-Baselines3's settings for the head's shape."""
     return dict(
-        features_extractor_class=Pooled, features_extractor_kwargs=dict(tokens=tokens), net_arch=[256, 256],
-        activation_fn=torch.nn.GELU,
+        features_extractor_class=Pooled, features_extractor_kwargs=dict(tokens=tokens, learner=learner),
+        net_arch=[256, 256], activation_fn=torch.nn.GELU,
     )  # fmt: skip
 
 
