@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--share", type=float, default=0.4, help="of a GPU's peak")
     share = parser.parse_args().share
 
-    everywhere = Args(image_size=224)
+    everywhere = Args("", "", image_size=224, dtype="bfloat16")
     language = replace(everywhere, lora_targets="language")
     head = count(paper_config(), everywhere, A, WORDS, False, freeze_vlm=True)
     kinds = {

@@ -193,13 +193,13 @@ def test_torchrun_caches_accumulates_and_checkpoints(backbone, project, toy):
 def test_memory_flags_may_change_when_a_stage_goes_on(tmp_path):
     """A stage that ran out of memory goes on with --accumulate; one from before --cache existed goes on without it."""
     out = str(tmp_path / "0-sft")
-    Stage(Args(out=out))
+    Stage(Args("toy", out))
     record = tmp_path / ".0-sft.partial/stage.json"
     value = json.loads(record.read_text())
     del value["args"]["cache"]
     record.write_text(json.dumps(value))
-    Stage(Args(out=out, accumulate=8, checkpointing=True))
-    assert "cache" in refused(Stage, Args(out=out, cache=True))
+    Stage(Args("toy", out, accumulate=8, checkpointing=True))
+    assert "cache" in refused(Stage, Args("toy", out, cache=True))
 
 
 @pytest.mark.parametrize(

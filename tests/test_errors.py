@@ -135,7 +135,8 @@ def test_no_opengl_names_the_packages(gl, project, tmp_path):
     make_vla(tmp_path / "ckpt", action_dim=4, domain="metaworld").save(tmp_path / "ckpt")
     env = {"MUJOCO_GL": gl, "__EGL_VENDOR_LIBRARY_FILENAMES": os.devnull, "PYOPENGL_PLATFORM": ""}
     env = {**env, "LD_LIBRARY_PATH": ""}
-    collect = ["python", "stage0_sft.py", "--data", tmp_path / "D_e", "--out", tmp_path / "0-sft", "--threads", "1"]
+    places = ["--data", tmp_path / "D_e", "--out", tmp_path / "0-sft"]
+    collect = ["python", "stage0_sft.py", "--domain", "metaworld", *places, "--threads", "1"]
     evaluate = ["python", "evaluate.py", "--checkpoint", tmp_path / "ckpt", "--episodes", "1", "--envs", "2"]
     if gl == "osmesa" and shutil.which("ldconfig") and "libOSMesa" in os.popen("ldconfig -p").read():
         pytest.skip("OSMesa is installed")

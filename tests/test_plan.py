@@ -13,7 +13,7 @@ from stage0_sft import Args
 
 def counted(vla, whole, **changes):
     """The plan's count for a VLA of conftest's sizes, from its config alone."""
-    stage0 = Args(domain="toy", image_size=32, lora_rank=4, dtype="float32")
+    stage0 = Args("toy", "", image_size=32, lora_rank=4, dtype="float32")
     return plan.count(vla.blip.config, stage0, 2, 4, whole, **changes)
 
 
