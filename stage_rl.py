@@ -69,7 +69,9 @@ class Args:
     episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
     seed: int = 0  # of the critic, exploration and minibatches
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
-    threads: int = os.cpu_count()  # CPU threads of torch during updates; during rollouts the simulators have the cores
+    threads: int = (
+        os.cpu_count()
+    )  # CPU threads of torch during updates; during rollouts the simulators have the cores, but for a large VLM
     sacfd: SACfD = field(default_factory=SACfD)  # of --algo sacfd, instead of lam to warmup
 
 
@@ -257,7 +259,10 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
 
     seed = RL_SEED + 10_000 * args.seed + counters["iteration"]  # a resumed run does not repeat its first episodes
     shown = [env.reset(seed=[seed + 1000 * int(i) for i in g])[0].copy() for env, g in zip(envs, groups)]
+    began = time.time()
     first = [encode(obs) for obs in shown]
+    # A small VLM leaves the cores to the simulators; for a large one they wait, so it may have all.
+    rollout_threads = args.threads if time.time() - began > 0.5 * len(shown) else 1
     M, D = first[0][0].shape[1:]
     mask = first[0][1][:1]  # (1, M): one instruction
     what = f"a rollout's latents, (rollout + 1) x envs x tokens x width = {T + 1} x {N} x {M} x {D} in bfloat16,"
@@ -273,6 +278,7 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
     try:
         while counters["env_steps"] < budget:
             began = time.time()
+            torch.set_num_threads(rollout_threads)
             generator = torch.Generator().manual_seed(hash((args.seed, counters["iteration"])) & 0x7FFFFFFF)
             # ----------------------------------------------------------------------
             # a rollout of T decisions in N simulators
@@ -328,7 +334,6 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
                 again = lambda b: vla.encode(seen[b.cpu().numpy()], [instruction] * len(b))[0]  # noqa: B023, E731
             warm = counters["iteration"] < args.warmup
             numbers = ppo_update(args, vla, critic, optimizer, flat, rows, mask, warm, generator, stage, again)
-            torch.set_num_threads(1)
             # ----------------------------------------------------------------------
             counters["iteration"] += 1
             t_total += time.time() - began
@@ -349,6 +354,7 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
             if counters["best"] >= args.converged:
                 break
     finally:
+        torch.set_num_threads(1)
         bar.close()
         for env in envs:
             env.close(terminate=True)

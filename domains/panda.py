@@ -80,7 +80,7 @@ class Thing:
 
 
 def block(*rgb):
-    return Thing((("box", rgb, (0.024, 0.024, 0.024), (0, 0, 0.024)),), (0, 0, 0.024), turned=0.4, square=True)
+    return Thing((("box", rgb, (0.024, 0.024, 0.024), (0, 0, 0.024)),), (0, 0, 0.024), turned=0.6, square=True)
 
 
 def upright(*parts, height):
@@ -96,10 +96,10 @@ TABLE = {  # object: (split, shape and grasp)
     "green block": ("expert", block(0.1, 0.65, 0.2)),
     "blue block": ("expert", block(0.1, 0.25, 0.85)),
     "yellow block": ("expert", block(0.95, 0.8, 0.1)),
-    "eggplant": ("rl", Thing((  # nearly as thick as the gripper opens: the fingers must come down on both sides
-        ("ellipsoid", PURPLE, (0.055, 0.036, 0.026), (-0.014, 0, 0.026)),
+    "eggplant": ("rl", Thing((  # thick: the fingers must come down on both sides
+        ("ellipsoid", PURPLE, (0.055, 0.034, 0.026), (-0.014, 0, 0.026)),
         ("ellipsoid", PURPLE, (0.05, 0.022, 0.019), (0.042, 0, 0.02)),
-        ("ellipsoid", GREEN, (0.018, 0.011, 0.01), (0.093, 0, 0.022))), (0.015, 0, 0.022), turned=1.3)),
+        ("ellipsoid", GREEN, (0.018, 0.011, 0.01), (0.093, 0, 0.022))), (0.015, 0, 0.022))),
     "carrot": ("rl", Thing((  # thin: taken as high as a block, it slips
         ("ellipsoid", ORANGE, (0.05, 0.014, 0.0137), (0.02, 0, 0.0137)),
         ("ellipsoid", ORANGE, (0.06, 0.01, 0.0097), (-0.03, 0, 0.0097)),
