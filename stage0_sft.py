@@ -11,8 +11,8 @@ Where the paper is silent or this differs from it:
    domains (KICKS) a few decisions in a row are random now and then, so that it also shows how to come back from a miss.
 2) The error is taken in units of each action dimension's standard deviation over D_e, so that each counts alike; mean
    and deviation travel in the checkpoint.
-3) Every task is drawn equally often, however long its episodes are. Images are shifted at random by up to 2 pixels, and
-   half of them get other colours: a VLM that has seen the world would not need that, `tiny` has not.
+3) Every task is drawn equally often, however long its episodes are. Images are stretched, recoloured and partly hidden
+   at random (`augment`): a VLM that has seen the world would need less of that, `tiny` knows nothing else.
 4) AdamW, linear warm-up, cosine to zero; the weights kept are an exponential moving average over the last steps.
 5) The `tiny` VLM is random, so all its weights are trained here; a pre-trained one gets LoRA, as in the paper.
 6) For a large VLM: `--lora-targets language --cache` computes the vision tower and the Q-Former once per image for all
@@ -44,6 +44,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -66,7 +67,7 @@ class Args:
     batch: int = 256  # frames of each step
     lr: float = 7e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
-    shift: int = 2  # random image shift, pixels
+    augment: bool = True  # stretch, recolour and partly hide the images at random
     cache: bool = False  # keep the frozen image side's outputs on disk, made once; images are then not augmented
     accumulate: int = 1  # parts of each batch that pass the VLM one after the other; the same gradient, less memory
     checkpointing: bool = False  # compute the VLM's layers again in the backward pass: less memory, more time
@@ -182,24 +183,39 @@ def sft_gradient(model, images, instructions, action, action_std, accumulate=1):
     return total
 
 
-def draw_augmentation(n, pixels, rng, rank=0, world=1):
-    """The random numbers of `augment` for n images, or this rank's share of them."""
-    shift, factor = rng.integers(0, 2 * pixels + 1, (n, 2)), rng.uniform(0.6, 1.4, (n, 3))
-    order, recolour = rng.permuted(np.tile([0, 1, 2], (n, 1)), axis=1), rng.random(n) < 0.5
-    return [x[rank::world] for x in (shift, factor, order, recolour)]
+def draw_augmentation(n, views, rng, rank=0, world=1):
+    """The random numbers of `augment` for n images of so many views, or this rank's share of them."""
+    zoom, shift = rng.normal(0, 0.13, (n, views, 2)), rng.uniform(-0.1, 0.1, (n, views, 2))  # log, share of half a view
+    order, factor = rng.permuted(np.tile([0, 1, 2], (n, 1)), axis=1), rng.uniform(0.6, 1.4, (n, 3))
+    colour = np.eye(3)[order] * factor[:, None]  # (n, 3, 3): channels swapped, each with its own brightness
+    colour[rng.random(n) < 0.5] = np.eye(3)
+    size = rng.uniform(0.05, 0.2, (n, 3, 2)) * (rng.random((n, 3, 1)) < 0.5)  # of three patches, some of them none
+    corner, patch = rng.random((n, 3, 2)), rng.integers(0, 256, (n, 3, 3))
+    drawn = zoom, shift, colour, corner, size, patch
+    return [torch.from_numpy(x[rank::world].astype(np.float32)) for x in drawn]
 
 
-def augment(images, pixels, drawn):
-    """Shift each image of (B, H, W, 3) uint8 by its own -pixels..pixels in x and y, repeating the edge (DrQ,
-    2004.13649), and give half of them other colours: channels swapped, each with its own brightness."""
-    _, H, W, _ = images.shape
-    shift, factor, order, recolour = drawn
-    padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
-    images = np.stack([padded[b, dy : dy + H, dx : dx + W] for b, (dy, dx) in enumerate(shift)])
-    for b in np.flatnonzero(recolour):
-        table = np.clip(np.arange(256)[:, None] * factor[b], 0, 255).astype(np.uint8)  # (256, 3)
-        images[b] = np.take_along_axis(table, images[b][..., order[b]].reshape(-1, 3), 0).reshape(H, W, 3)
-    return images
+def augment(images, drawn):
+    """Images (B, H, W, 3) uint8 as they might have been, (B, H, W, 3) uint8: each of the views, which lie one above the
+    other, stretched and shifted by its own random numbers (DrQ 2004.13649 shifts), half of the images in other colours,
+    and up to three patches of one colour in the place of what was there (random erasing, 1708.04896)."""
+    # fmt: off
+    zoom, shift, colour, corner, size, patch = drawn
+    B, H, W, _ = images.shape
+    V = zoom.shape[1]
+    x = torch.from_numpy(images).float().view(B * V, H // V, W, 3).permute(0, 3, 1, 2)  # (B V, 3, H/V, W)
+    way = torch.cat([torch.diag_embed(zoom.exp()), shift[..., None]], -1).flatten(0, 1) # (B V, 2, 3)
+    grid = F.affine_grid(way, x.shape, align_corners=False)                             # (B V, H/V, W, 2)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)              # (B V, 3, H/V, W)
+    x = x.permute(0, 2, 3, 1).reshape(B, H * W, 3) @ colour                             # (B, H W, 3)
+    x = x.round_().clamp_(0, 255).byte().view(B, H, W, 3)
+    into = [torch.arange(n) / n - corner[..., i, None] for i, n in enumerate((H, W))]   # (B, 3, H), (B, 3, W)
+    rows, columns = [(d >= 0) & (d < size[..., i, None]) for i, d in enumerate(into)]
+    for k in range(patch.shape[1]):
+        hidden = rows[:, k, :, None] & columns[:, k, None]                              # (B, H, W)
+        x = torch.where(hidden[..., None], patch[:, k, None, None].byte(), x)           # (B, H, W, 3)
+    return x.numpy()
+    # fmt: on
 
 
 def parallel(vla):
@@ -274,8 +290,8 @@ def story(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, instructions, action = data.batch(rng, args.batch, rank, world)
-        if not args.cache:
-            images = augment(images, args.shift, draw_augmentation(args.batch, args.shift, rng, rank, world))
+        if args.augment and not args.cache:
+            images = augment(images, draw_augmentation(args.batch, domain.VIEWS, rng, rank, world))
         action = torch.from_numpy(action).to(device)
         optimizer.zero_grad()
         loss = sft_gradient(model, images, instructions, action, vla.action_std, args.accumulate)

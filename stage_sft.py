@@ -59,7 +59,7 @@ class Args:
     batch: int = 256  # frames of each step
     lr: float = 2e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
-    shift: int = 2  # random image shift, pixels
+    augment: bool = True  # stretch, recolour and partly hide the images at random
     cache: bool = False  # keep the frozen image side's outputs on disk, made once; images are then not augmented
     accumulate: int = 1  # parts of each batch that pass the VLM one after the other; the same gradient, less memory
     checkpointing: bool = False  # compute the VLM's layers again in the backward pass: less memory, more time
@@ -125,8 +125,8 @@ def story(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, instructions, action = data.batch(rng, args.batch, rank, world)
-        if not args.cache:
-            images = augment(images, args.shift, draw_augmentation(args.batch, args.shift, rng, rank, world))
+        if args.augment and not args.cache:
+            images = augment(images, draw_augmentation(args.batch, domain.VIEWS, rng, rank, world))
         action = torch.from_numpy(action).to(device)
         optimizer.zero_grad()
         loss = sft_gradient(model, images, instructions, action, vla.action_std, args.accumulate)

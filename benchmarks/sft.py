@@ -63,7 +63,7 @@ def our_turn(vla, data, args):
             began, rng = time.perf_counter(), np.random.default_rng(step)
             images, instructions, action = data.batch(rng, args.batch)
             if not args.full:
-                images = augment(images, 2, draw_augmentation(args.batch, 2, rng))
+                images = augment(images, draw_augmentation(args.batch, domain.VIEWS, rng))
             optimizer.zero_grad()
             sft_gradient(vla, images, instructions, torch.from_numpy(action), vla.action_std)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -24,7 +24,7 @@ INSTRUCTIONS = {colour: f"push the {colour} bead" for colour in ("red", "green",
 EXPERT_TASKS, RL_TASKS, UNSEEN_TASKS = ["red", "green"], ["blue"], ["grey"]
 CHANNELS = {"red": [0], "green": [1], "blue": [2], "grey": [0, 1, 2]}
 PROTOCOL = {"horizon": 8}
-ALGO = "ppo"
+ALGO, VIEWS = "ppo", 1
 NOISE, KICKS, STEPS = 0.2, 0.05, 100
 
 

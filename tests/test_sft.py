@@ -31,7 +31,7 @@ def test_sft_replays_the_episode_that_it_has_learned(project):
     out, data = project.folder / "runs/one/0-sft", project.folder / "runs/D_e-one"
     project.must(
         "python", "stage0_sft.py", "--domain", "one", "--data", data, "--out", out, "--demos", "1", "--noise", "0",
-        "--steps", "1600", "--batch", "16", "--lr", "1e-3", "--shift", "0", "--episodes", "0", "--threads", "1",
+        "--steps", "1600", "--batch", "16", "--lr", "1e-3", "--no-augment", "--episodes", "0", "--threads", "1",
     )  # fmt: skip
     losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.05 < 0.5 < losses[0]  # in units of the actions' variance
@@ -90,22 +90,38 @@ def test_nan_loss_stops_sft_and_says_how_to_go_on(project):
     assert code == 0 or "delete" in said, err.splitlines()[-1]
 
 
-def test_augment_shifts_and_recolours_without_mixing_pixels():
-    """Each image moves by its own few pixels, about half get other colours, and the other half keep theirs exactly."""
-    images = np.random.default_rng(0).integers(0, 256, (200, 12, 12, 3), np.uint8)
-    before = images.copy()
-    out = augment(images, 3, drawn := draw_augmentation(200, 3, np.random.default_rng(1)))
-    assert np.array_equal(images, before) and out.shape == images.shape and out.dtype == np.uint8
-    padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
-    kept = [
-        any(np.array_equal(out[b], padded[b, y : y + 12, x : x + 12]) for y in range(7) for x in range(7))
-        for b in range(200)
-    ]
-    assert 70 < sum(kept) < 130
-    assert np.array_equal(augment(images, 3, drawn), out)
-    for rank in range(2):  # two processes do to their halves what one does to the whole
-        share = draw_augmentation(200, 3, np.random.default_rng(1), rank, 2)
-        assert np.array_equal(augment(images[rank::2], 3, share), out[rank::2])
+def test_augment_keeps_views_apart_and_changes_each_image_by_its_own_numbers():
+    """Without colours and patches a black view above a white one stays so; half of the images keep their colours; what
+    is hidden is a few patches; equal numbers give equal images, and two processes do to their halves what one does."""
+    views = np.zeros((300, 16, 12, 3), np.uint8)
+    views[:, 8:] = (200, 100, 50)
+    before, drawn = views.copy(), draw_augmentation(300, 2, np.random.default_rng(1))
+    zoom, shift, colour, corner, size, patch = drawn
+    plain = torch.eye(3).expand_as(colour)
+    assert np.array_equal(augment(views, [zoom, shift, plain, corner, 0 * size, patch]), views)
+    recoloured = augment(views, [zoom, shift, colour, corner, 0 * size, patch])
+    same = (recoloured == views).all((1, 2, 3))
+    assert 110 < same.sum() < 190 and (recoloured[:, :8] == 0).all()
+    hidden = (augment(views, [zoom, shift, plain, corner, size, patch]) != views).any(-1).mean((1, 2))
+    assert 0.005 < hidden.mean() < 0.05 and hidden.max() < 0.2
+    out = augment(views, drawn)
+    assert np.array_equal(views, before) and out.shape == views.shape and out.dtype == np.uint8
+    for rank in range(2):
+        share = draw_augmentation(300, 2, np.random.default_rng(1), rank, 2)
+        assert np.array_equal(augment(views[rank::2], share), out[rank::2])
+
+
+def test_augment_stretches_about_the_middle():
+    """A ramp of brightness gets steeper or flatter by exp(zoom) and keeps its middle, but for the shift."""
+    ramp = np.tile(np.arange(40, 72, dtype=np.uint8)[None, None, :, None], (64, 16, 1, 3))
+    zoom, shift, colour, corner, size, patch = draw_augmentation(64, 1, np.random.default_rng(2))
+    out = augment(ramp, [zoom, shift, torch.eye(3).expand_as(colour), corner, 0 * size, patch])[:, 8, 8:24, 0].astype(
+        float
+    )
+    steep = (out[:, -1] - out[:, 0]) / 15
+    assert np.corrcoef(steep, zoom[:, 0, 0].exp())[0, 1] > 0.9
+    middle = out.mean(1) - 55.5
+    assert np.corrcoef(middle, shift[:, 0, 0])[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
