@@ -207,14 +207,14 @@ def augment(images, drawn):
     way = torch.cat([torch.diag_embed(zoom.exp()), shift[..., None]], -1).flatten(0, 1) # (B V, 2, 3)
     grid = F.affine_grid(way, x.shape, align_corners=False)                             # (B V, H/V, W, 2)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)              # (B V, 3, H/V, W)
-    x = x.permute(0, 2, 3, 1).reshape(B, H * W, 3) @ colour                             # (B, H W, 3)
-    x = x.round_().clamp_(0, 255).byte().view(B, H, W, 3)
-    into = [torch.arange(n) / n - corner[..., i, None] for i, n in enumerate((H, W))]   # (B, 3, H), (B, 3, W)
-    rows, columns = [(d >= 0) & (d < size[..., i, None]) for i, d in enumerate(into)]
-    for k in range(patch.shape[1]):
-        hidden = rows[:, k, :, None] & columns[:, k, None]                              # (B, H, W)
-        x = torch.where(hidden[..., None], patch[:, k, None, None].byte(), x)           # (B, H, W, 3)
-    return x.numpy()
+    x = colour.mT.repeat_interleave(V, 0) @ x.flatten(2)                                # (B V, 3, H/V W)
+    x = x.round_().clamp_(0, 255).byte().mT.reshape(B, H, W, 3)
+    images = x.numpy()
+    for b, k in (size[..., 0] > 0).nonzero().tolist():
+        begin = [round(share * n) for share, n in zip(corner[b, k].tolist(), (H, W))]
+        end = [at + round(share * n) for at, share, n in zip(begin, size[b, k].tolist(), (H, W))]
+        images[b, begin[0] : end[0], begin[1] : end[1]] = patch[b, k]
+    return images
     # fmt: on
 
 
