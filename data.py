@@ -10,7 +10,7 @@ An episode is one safetensors file (the whole interface between collecting, RL a
     header: strings               format, domain, task, instruction, source (expert or online), success, seed,
                                   protocol (the domain's, JSON; null where nobody knows it), versions (JSON)
 
-Files are memory-mapped: a data set of any size costs memory only for the frames that are being used.
+Frames are read when they are used: a data set of any size costs memory only for those of a batch.
 
 With `--cache` the SFT stages keep beside the episodes what a frozen vision tower and Q-Former make of each image:
 <task>/.tokens-<key>/000017.safetensors, q (T, Q, D) bfloat16, 160 KB an image at the paper's size. Such a folder can be
@@ -90,6 +90,31 @@ def open_episode(path):
     return handle, header
 
 
+class Frames:
+    """An episode file's pictures, (T, H, W, 3) uint8, each read when it is asked for.
+
+    Not through the memory map: for a random frame of 12 KB that would fetch what lies around it too, a file at a time,
+    and a large data set would need more maps than Linux gives a process (results/benchmarks/loading.json).
+    """
+
+    def __init__(self, path, shape):
+        with open(path, "rb") as f:  # a safetensors file: the header's length, the header, the tensors
+            length = int.from_bytes(f.read(8), "little")
+            self.at = 8 + length + json.loads(f.read(length))["image"]["data_offsets"][0]
+        self.path, self.shape, self.size = path, tuple(shape), int(np.prod(shape[1:]))
+
+    def __getitem__(self, which):
+        """Frame t, or frames begin:end."""
+        begin, end, _ = (slice(which, which + 1) if isinstance(which, int) else which).indices(self.shape[0])
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            data = os.pread(descriptor, (end - begin) * self.size, self.at + begin * self.size)
+        finally:
+            os.close(descriptor)
+        frames = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+        return frames[0] if isinstance(which, int) else frames
+
+
 def open_tokens(path):
     """The memory-mapped handle of a file of image tokens, or None where there is no whole one."""
     try:
@@ -124,8 +149,8 @@ class Episodes:
                             f"{path} was recorded with {key} {header[key]}, but this is {want}: delete its folder "
                             f"and give the command again, so that it is collected anew"
                         )
-                frames = handle.get_slice("image")
-                T, H, W, _ = frames.get_shape()
+                frames = Frames(path, handle.get_slice("image").get_shape())
+                T, H, W, _ = frames.shape
                 if (image_size, image_size) != (H, W):
                     raise Refusal(f"{path} holds {H}x{W} images, but --image-size is {image_size}: use the same, or "
                                   f"delete its folder to collect again")  # fmt: skip

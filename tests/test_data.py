@@ -305,6 +305,9 @@ def test_foreign_lerobot_data_become_demonstrations(toy, tmp_path):
 def test_without_lerobot_its_commands_say_so(tmp_path, monkeypatch):
     """Where lerobot is not installed: one sentence, and nothing is written."""
     monkeypatch.setitem(sys.modules, "lerobot.datasets.lerobot_dataset", None)
-    for command in (lambda: data.import_episodes("a/b", "lerobot"), lambda: data.export_episodes(str(tmp_path / "x"))):
+    for command in (
+        lambda: data.import_episodes("a/b", "lerobot"),
+        lambda: data.export_episodes(str(tmp_path / "x"), "D_e"),
+    ):
         assert "venv of its own" in refused(command)
     assert not files(tmp_path)
