@@ -69,9 +69,7 @@ class Args:
     episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
     seed: int = 0  # of the critic, exploration and minibatches
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
-    threads: int = (
-        os.cpu_count()
-    )  # CPU threads of torch during updates; during rollouts the simulators have the cores, but for a large VLM
+    threads: int = os.cpu_count()  # CPU threads of torch in updates; in rollouts too if the VLM is large, else one
     sacfd: SACfD = field(default_factory=SACfD)  # of --algo sacfd, instead of lam to warmup
 
 

@@ -62,11 +62,14 @@ def coarsen(spec, names, cell=0.02):
             mesh.file, mesh.uservert, mesh.userface = "", corners.ravel(), faces.ravel()
 
 
-def plain(model):
-    """Draws a compiled model's textures as their mean colours and round things with fewer faces: half of a picture's
-    time."""
+def few_faces(model):
+    """Draws a compiled model's round things with fewer faces: half of a picture's time."""
     quality = model.vis.quality
     quality.numslices, quality.numstacks, quality.numquads = 12, 8, 2
+
+
+def no_textures(model):
+    """Draws a compiled model's textures as their mean colours."""
     for material in range(model.nmat):
         for texture in model.mat_texid[material]:
             if texture >= 0:

@@ -151,8 +151,7 @@ class Kitchen(gym.Env):
                 m.geom_group[geom] = 5
             elif mesh.endswith("_col"):
                 m.geom_group[geom], m.geom_rgba[geom] = 0, (0.92, 0.93, 0.90, 1)
-        quality = m.vis.quality  # round things with fewer faces: half the time of a picture
-        quality.numslices, quality.numstacks, quality.numquads = 12, 8, 2
+        _render.few_faces(m)
         for material, colour in colours.items():
             m.mat_rgba[m.material(material).id, :3] = colour
         self.screen, self.near = (

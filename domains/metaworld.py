@@ -32,11 +32,7 @@ VIEWS = 2  # in a picture
 STEPS = 3500  # of stage 0's optimizer
 ACTION_REPEAT = 2  # steps of Meta-World (12.5 ms each) a decision
 CAMERA = {"lookat": [0.0, 0.68, 0.13], "distance": 0.75, "azimuth": 135, "elevation": -35}
-NEAR = {
-    "distance": 0.3,
-    "azimuth": 45,
-    "elevation": -35,
-}  # looks at the hand, from the other side: two sides tell depth
+NEAR = {"distance": 0.3, "azimuth": 45, "elevation": -35}  # at the hand, from the other side: two sides tell depth
 PROTOCOL = {"horizon": HORIZON, "action_repeat": ACTION_REPEAT, "camera": CAMERA, "near": NEAR,
             "drawing": "no shadows, no textures, arm as hulls, 12 slices, 2 x 2 pixels averaged"}  # fmt: skip
 PROTOCOL |= {package: version(package) for package in ("metaworld", "mujoco")}
@@ -239,7 +235,8 @@ class MetaWorld(gym.Env):
                 if variant:
                     edit(spec, variant)
                 model = spec.compile()
-                _render.plain(model)
+                _render.few_faces(model)
+                _render.no_textures(model)
                 return model, mujoco.MjData(model)
 
             def _reset_hand(sim, steps=50):  # moving the hand takes most of a reset: once is enough
