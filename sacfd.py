@@ -260,7 +260,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
     demos = demonstrations(vla, Path(args.out).parent / "D_rl" / args.task, encode)
     h, mask = vla.encode(np.zeros((1, size, size, 3), np.uint8), [instruction])  # (1, M, D), (1, M)
     left = max(0, budget - counters["env_steps"])
-    rows = counters.get("rows", 0) + 2 * (left // N) + 2  # at least every other row of a simulator is a decision
+    rows = counters.get("rows", 0) + 2 * (left // N) + 5  # at least every other row of a simulator is a decision
     sure = rows * N if device.type == "cuda" else left  # a GPU's memory is taken at once, a CPU's as rows are written
     check_memory(2 * sure * h[0].numel(), device, f"the latents of {left:,} decisions", "give a smaller --env-steps")
     replay = Replay(rows, N, *h.shape[1:], vla.config["action_dim"], device)
@@ -320,6 +320,8 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
                 counters["env_steps"] += int(valid.sum())
                 owed += how.utd * int(valid.sum())
                 success = keep_best()
+                if counters["env_steps"] >= budget:
+                    break
             counters["iteration"] += 1
             counters["rows"] = replay.t
             seconds = time.time() - began
