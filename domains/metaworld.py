@@ -29,10 +29,10 @@ HORIZON = 80  # decisions; the slowest expert, on door-lock with noise, needs up
 ALGO = "ppo"  # of stage 1
 NOISE, KICKS = 0.2, 0.03  # of the demonstrations, see stage0_sft.py
 VIEWS = 2  # in a picture
-STEPS = 3500  # of stage 0's optimizer
+STEPS = 4000  # of stage 0's optimizer
 ACTION_REPEAT = 2  # steps of Meta-World (12.5 ms each) a decision
 CAMERA = {"lookat": [0.0, 0.68, 0.13], "distance": 0.75, "azimuth": 135, "elevation": -35}
-NEAR = {"distance": 0.3, "azimuth": 45, "elevation": -35}  # at the hand, from the other side: two sides tell depth
+NEAR = {"distance": 0.4, "azimuth": 45, "elevation": -35}  # at the hand, from the other side: two sides tell depth
 PROTOCOL = {"horizon": HORIZON, "action_repeat": ACTION_REPEAT, "camera": CAMERA, "near": NEAR,
             "drawing": "no shadows, no textures, arm as hulls, 12 slices, 2 x 2 pixels averaged"}  # fmt: skip
 PROTOCOL |= {package: version(package) for package in ("metaworld", "mujoco")}
