@@ -22,7 +22,7 @@ GPUS = {  # how many, bfloat16 FLOP/s, bytes/s, bytes of memory, each; NVIDIA's 
     "RTX 4090": (1, 165e12, 1.01e12, 24e9),
     "four A100 80 GB": (4, 312e12, 2.04e12, 80e9),
 }
-WORDS, A, STEPS, BATCH, BUDGET, EPOCHS, ROWS = 6, 4, 7000, 256, 150_000, 5, 129 * 16  # the stages' defaults
+WORDS, A, STEPS, BATCH, BUDGET, EPOCHS, ROWS = 6, 4, 4000, 256, 150_000, 5, 129 * 16  # the stages' defaults
 
 
 def main():
