@@ -33,6 +33,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -57,6 +58,7 @@ from transformers.utils import logging as hf_logging
 from run import Refusal, ranks, read_json, read_tensors, together, versions, write_json
 
 hf_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks transformers by an old name
 LORA_TARGETS = {  # regular expressions on module names
     "all": r"(.*\.)?(qkv|projection|fc1|fc2|query|key|value|dense|language_projection|[qkv]_proj|out_proj)",
     "language": r".*language_model.*\.([qkv]_proj|out_proj|fc1|fc2)",
