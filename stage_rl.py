@@ -13,7 +13,8 @@ Where the paper is silent or this differs from it:
    dimension.
 2) A success ends the return; a time-out does not (its last state is bootstrapped from the critic).
 3) The critic starts new for each task, as in the paper, and is warmed up for some iterations before the actor moves: a
-   random critic's advantages would undo what SFT has taught.
+   random critic's advantages would undo what SFT has taught. For the same reason the actor also rests while none of
+   the last 100 episodes has succeeded: it explores around SFT's policy until one does.
 4) The head kept is the one with the best success over 100 training episodes, not the last one.
 5) D_rl: 50 successes of that head, after training, from initial states of their own. They are made as D_e is: executed
    with noise, labelled with the head's mean (results/experiments.md has the comparison with the executed action).
@@ -330,7 +331,7 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
             if args.train_vlm:  # the only place where stage 1 needs the pictures again
                 seen = pictures[:-1].reshape(T * N, size, size, 3)
                 again = lambda b: vla.encode(seen[b.cpu().numpy()], [instruction] * len(b))[0]  # noqa: B023, E731
-            warm = counters["iteration"] < args.warmup
+            warm = counters["iteration"] < args.warmup or not any(recent)
             numbers = ppo_update(args, vla, critic, optimizer, flat, rows, mask, warm, generator, stage, again)
             # ----------------------------------------------------------------------
             counters["iteration"] += 1

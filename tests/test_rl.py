@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import files, make_vla
+from conftest import TOY, files, make_vla
 from safetensors.torch import load_file, save_file
 
 from data import EVAL_SEED, EXPERT_SEED, ONLINE_SEED, RL_SEED, attempts, open_episode
@@ -121,6 +121,20 @@ def test_rl_leaves_lora_bit_identical(project, backbone, tmp_path):
     old, new = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("parent", "1-rl-blue"))
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
     assert all(torch.equal(a, b) for a, b in zip(vla.theta(), VLA.load(tmp_path / "1-rl-blue").theta(), strict=True))
+
+
+def test_without_a_success_the_head_rests(project, tmp_path):
+    """A task that gives no reward teaches nothing: the head is the parent's, bit for bit, whatever the critic says."""
+    impossible = TOY.replace("success = abs(self.x) < 0.15", "success = False")
+    (project.folder / "domains/impossible.py").write_text(impossible)
+    make_vla(tmp_path, domain="impossible").save(tmp_path / "parent")
+    project.must(
+        "python", "stage_rl.py", "--task", "blue", "--parent", tmp_path / "parent", "--out", tmp_path / "1-rl-blue",
+        "--env-steps", "1500", "--envs", "2", "--rollout", "32", "--warmup", "0", "--successes", "1", "--episodes", "0",
+        "--threads", "1",
+    )  # fmt: skip
+    old, new = (load_file(tmp_path / f / "heads.safetensors") for f in ("parent", "1-rl-blue"))
+    assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("head."))
 
 
 def test_ppo_through_the_whole_vla_moves_theta_and_resumes(project, checkpoint, tmp_path):
