@@ -103,63 +103,64 @@ class Variant:
     handle: tuple  # the new button or handle: (primitive, radius, from, to) ..., in the frame of the moving body
 
 
-# Places are 3 to 8 cm from the originals'. At 8 to 20 cm a policy of stage 0 solves nothing, and RL on a sparse reward
-# has nothing to start from; with new shapes and colours alone it solves 0.36, near the paper's SFT policy (0.41).
+# Places are 2 to 7 cm from the originals' on the table and up to 3 cm higher, and colours such that a policy of stage 0
+# succeeds about as often as the paper's (0.41 on the new tasks to learn, 0.51 on the unseen): that was tried with two
+# seeds on initial states that nothing else uses (results/experiments.md). RL on a sparse reward needs a start.
 # The comments say what the shape is.
 # fmt: off
 VARIANTS = {
     "button-press-new": Variant(  # low wide box, square plate
-        "button-press", (0.1, 0.35, 0.8), (0.95, 0.95, 0.95), (-0.05, -0.05, 0.04), (1.3, 0.7),
+        "button-press", (0.1, 0.35, 0.8), (0.1, 0.45, 0.15), (-0.05, -0.05, 0.02), (1.3, 0.7),
         (("cylinder", 0.02, (0, -0.18, 0), (0, -0.09, 0)), ("box", 0.05, (0, -0.194, 0), (0, -0.172, 0)))),
     "button-press-unseen1": Variant(  # narrow box, upright bar
-        "button-press", (0.15, 0.6, 0.25), (0.1, 0.1, 0.6), (0.05, -0.05, 0.0), (0.7, 1.0),
+        "button-press", (0.15, 0.6, 0.25), (0.1, 0.1, 0.6), (0.05, -0.05, 0), (0.7, 1.0),
         (("cylinder", 0.02, (0, -0.18, 0), (0, -0.09, 0)), ("box", 0.02, (0, -0.175, -0.07), (0, -0.175, 0.07)))),
     "button-press-unseen2": Variant(  # small cube on a high stand, large thin disc
-        "button-press", (0.55, 0.2, 0.6), (0.1, 0.8, 0.8), (-0.02, -0.04, 0.05), (0.75, 0.75),
+        "button-press", (0.55, 0.2, 0.6), (0.05, 0.4, 0.4), (-0.02, -0.04, 0.025), (0.75, 0.75),
         (("cylinder", 0.012, (0, -0.18, 0), (0, -0.09, 0)), ("cylinder", 0.07, (0, -0.194, 0), (0, -0.182, 0)))),
     "drawer-open-new": Variant(  # tall narrow cabinet, thick bow
-        "drawer-open", (0.85, 0.35, 0.1), (0.1, 0.1, 0.1), (0.05, -0.04, 0.03), (0.8, 1.2),
+        "drawer-open", (0.5, 0.2, 0.1), (0.1, 0.1, 0.1), (0.05, -0.04, 0.015), (0.8, 1.2),
         (("box", 0.014, (-0.06, -0.15, 0), (0.06, -0.15, 0)),
          ("box", 0.01, (-0.05, -0.15, 0), (-0.05, -0.08, 0)), ("box", 0.01, (0.05, -0.15, 0), (0.05, -0.08, 0)))),
     "drawer-open-unseen1": Variant(  # flat wide cabinet on a stand, long thin rail
-        "drawer-open", (0.55, 0.25, 0.65), (0.95, 0.85, 0.1), (-0.025, -0.04, 0.05), (1.3, 0.8),
+        "drawer-open", (0.55, 0.25, 0.65), (0.95, 0.85, 0.1), (-0.025, -0.04, 0.025), (1.3, 0.8),
         (("capsule", 0.007, (-0.1, -0.15, 0), (0.1, -0.15, 0)),
          ("capsule", 0.007, (-0.09, -0.15, 0), (-0.09, -0.08, 0)),
          ("capsule", 0.007, (0.09, -0.15, 0), (0.09, -0.08, 0)))),
     "drawer-open-unseen2": Variant(  # tall cabinet, two bars that meet in a point
-        "drawer-open", (0.15, 0.3, 0.75), (0.9, 0.2, 0.2), (0.065, -0.025, 0.03), (0.9, 1.3),
+        "drawer-open", (0.15, 0.3, 0.75), (0.9, 0.2, 0.2), (0.065, -0.025, 0.015), (0.9, 1.3),
         (("capsule", 0.011, (-0.08, -0.08, 0), (0, -0.155, 0)), ("capsule", 0.011, (0.08, -0.08, 0), (0, -0.155, 0)))),
     "door-open-new": Variant(  # low cabinet on a stand, round disc on a rod
-        "door-open", (0.75, 0.6, 0.2), (0.1, 0.2, 0.8), (-0.04, 0.01, 0.04), (1.0, 0.75),
+        "door-open", (0.75, 0.6, 0.2), (0.1, 0.2, 0.8), (-0.04, 0.01, 0.02), (1.0, 0.75),
         (("cylinder", 0.013, (0.325, 0, 0), (0.325, -0.12, 0)), ("capsule", 0.01, (0.325, -0.12, 0), (0.45, -0.12, 0)),
          ("cylinder", 0.045, (0.41, -0.105, 0), (0.41, -0.135, 0)))),
     "door-open-unseen1": Variant(  # tall cabinet, long thin rod
-        "door-open", (0.3, 0.6, 0.35), (0.9, 0.9, 0.9), (-0.055, 0.02, 0.04), (1.0, 1.25),
+        "door-open", (0.3, 0.6, 0.35), (0.9, 0.9, 0.9), (-0.055, 0.02, 0.02), (1.0, 1.25),
         (("cylinder", 0.013, (0.325, 0, 0), (0.325, -0.12, 0)),
          ("capsule", 0.012, (0.325, -0.12, 0), (0.48, -0.12, 0)))),
     "door-open-unseen2": Variant(  # flat cabinet on a high stand, rod with a ball
-        "door-open", (0.7, 0.25, 0.25), (0.95, 0.8, 0.1), (-0.01, -0.01, 0.055), (1.0, 0.6),
+        "door-open", (0.7, 0.25, 0.25), (0.95, 0.8, 0.1), (-0.01, -0.01, 0.028), (1.0, 0.6),
         (("cylinder", 0.013, (0.325, 0, 0), (0.325, -0.12, 0)), ("capsule", 0.012, (0.325, -0.12, 0), (0.45, -0.12, 0)),
          ("sphere", 0.032, (0.45, -0.12, 0), None))),
     "window-open-new": Variant(  # low frame on a stand, thick round peg
-        "window-open", (0.2, 0.55, 0.25), (0.9, 0.45, 0.05), (-0.025, -0.05, 0.035), (1.0, 0.7),
+        "window-open", (0.2, 0.55, 0.25), (0.9, 0.45, 0.05), (-0.025, -0.05, 0.018), (1.0, 0.7),
         (("cylinder", 0.03, (-0.014, -0.1, 0), (-0.014, -0.03, 0)),)),
     "window-open-unseen1": Variant(  # upright bar
-        "window-open", (0.15, 0.3, 0.7), (0.95, 0.85, 0.1), (0.025, -0.055, 0.015), (1.0, 0.85),
+        "window-open", (0.15, 0.3, 0.7), (0.95, 0.85, 0.1), (0.025, -0.055, 0.007), (1.0, 0.85),
         (("box", 0.016, (-0.014, -0.095, -0.1), (-0.014, -0.095, 0.1)),
          ("box", 0.012, (-0.014, -0.095, 0), (-0.014, -0.03, 0)))),
     "window-open-unseen2": Variant(  # very low frame on a high stand, ball
-        "window-open", (0.85, 0.8, 0.6), (0.7, 0.1, 0.5), (-0.04, -0.025, 0.055), (1.0, 0.6),
+        "window-open", (0.45, 0.4, 0.3), (0.7, 0.1, 0.5), (-0.04, -0.025, 0.028), (1.0, 0.6),
         (("sphere", 0.032, (-0.014, -0.09, 0), None), ("cylinder", 0.012, (-0.014, -0.09, 0), (-0.014, -0.03, 0)))),
     "window-close-new": Variant(  # low frame on a stand, square peg
-        "window-close", (0.8, 0.7, 0.15), (0.1, 0.2, 0.8), (-0.055, -0.04, 0.02), (1.0, 0.75),
+        "window-close", (0.8, 0.7, 0.15), (0.1, 0.2, 0.8), (-0.055, -0.04, 0.01), (1.0, 0.75),
         (("box", 0.028, (-0.028, -0.1, 0), (-0.028, -0.03, 0)),)),
     "window-close-unseen1": Variant(  # upright bar
-        "window-close", (0.5, 0.2, 0.6), (0.2, 0.9, 0.3), (0.03, -0.065, 0.0), (1.0, 0.9),
+        "window-close", (0.5, 0.2, 0.6), (0.2, 0.9, 0.3), (0.03, -0.065, 0), (1.0, 0.9),
         (("box", 0.016, (-0.014, -0.095, -0.1), (-0.014, -0.095, 0.1)),
          ("box", 0.012, (-0.014, -0.095, 0), (-0.014, -0.03, 0)))),
     "window-close-unseen2": Variant(  # very low frame on a high stand, ball
-        "window-close", (0.15, 0.6, 0.65), (0.9, 0.15, 0.1), (-0.065, -0.02, 0.05), (1.0, 0.6),
+        "window-close", (0.15, 0.6, 0.65), (0.9, 0.15, 0.1), (-0.065, -0.02, 0.025), (1.0, 0.6),
         (("sphere", 0.032, (-0.014, -0.09, 0), None), ("cylinder", 0.012, (-0.014, -0.09, 0), (-0.014, -0.03, 0)))),
 }
 # fmt: on
