@@ -48,11 +48,13 @@ def report(args):
     if not stages:
         raise Refusal(f"{args.run} has no finished stage: run loop.sh first, or give another --run")
     domain = load_domain(args.domain or read_json(stages[0] / "config.json")["domain"])
-    rows, protocol = [], None
+    rows, protocol, seconds, env_steps = [], None, 0.0, 0
     for stage in stages:
+        done = read_json(stage / "summary.json")
+        seconds, env_steps = seconds + done["seconds"], env_steps + done["env_steps"]
         if not (stage / "eval.json").exists():
-            continue
-        evaluated, done = read_json(stage / "eval.json"), read_json(stage / "summary.json")
+            continue  # it has no row; its cost goes into the next one
+        evaluated = read_json(stage / "eval.json")
         if protocol not in (None, evaluated["protocol"]):
             raise Refusal(f"{stage}/eval.json has another protocol than the stages before it: evaluate again")
         protocol = evaluated["protocol"]
@@ -61,11 +63,12 @@ def report(args):
             "episodes": sum(len(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
         }
         rows.append({
-            "name": stage.name, "seconds": done["seconds"], "env_steps": done["env_steps"],
+            "name": stage.name, "seconds": round(seconds, 1), "env_steps": env_steps,
             "splits": {split: count(names) for split, names in splits(domain).items()},
             "tasks": {t: count([t]) for names in splits(domain).values() for t in names},
             "outcomes": {t: "".join(map(str, evaluated["tasks"][t]["success"])) for t in all_tasks(domain)},
         })  # fmt: skip
+        seconds, env_steps = 0.0, 0
     return {
         "domain": domain.__name__.split(".")[-1], "method": args.method, "seed": args.seed, "vlm": args.vlm,
         "versions": versions(), "protocol": protocol, "stages": rows,
@@ -81,7 +84,8 @@ def markdown(r, domain):
     cell = lambda c: "{:.2f} [{:.2f}, {:.2f}]".format(rate(c), *wilson(c["successes"], c["episodes"]))  # noqa: E731
     lines = [
         f"# {r['method']} on {r['domain']}, seed {r['seed']}, VLM {r['vlm']}", "",
-        "Success of the greedy policy: successes / episodes with the 95 % Wilson interval.", "",
+        "Success of the greedy policy: successes / episodes with the 95 % Wilson interval. Minutes and steps of a "
+        "stage that was not evaluated are in the next row.", "",
         "| stage | expert | RL tasks | unseen | minutes | env steps |", "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for s in r["stages"]:
