@@ -122,6 +122,19 @@ def test_fig_4_compares_three_ways_of_rl(undisturbed):
         assert any(not torch.equal(before[k], after[k]) for k in before) is moves, arm
 
 
+def test_a_stage_without_evaluation_has_no_row_but_costs(undisturbed, tmp_path):
+    """After `--episodes 0` the report has no rates for the stage; its minutes and steps are in the next row."""
+    project, _ = undisturbed
+    run = shutil.copytree(project.folder / "runs/toy-seed0-smoke", tmp_path / "run")
+    before = json.loads((run / "report.json").read_text())["stages"]
+    (run / "1-rl-blue/eval.json").unlink()
+    project.must("python", "report.py", "--run", run)
+    first, last = json.loads((run / "report.json").read_text())["stages"]
+    assert (first, last["name"], last["splits"]) == (before[0], "1-sft", before[2]["splits"])
+    assert last["env_steps"] == before[1]["env_steps"] > 0
+    assert last["seconds"] == pytest.approx(before[1]["seconds"] + before[2]["seconds"], abs=0.2)
+
+
 def killed_often(folder, domain, kills, seconds, seed):
     """Gives the smoke command again and again, killing it at random instants of an undisturbed run's length."""
     project, draw = Project(folder), random.Random(seed)
