@@ -103,7 +103,7 @@ class Variant:
     handle: tuple  # the new button or handle: (primitive, radius, from, to) ..., in the frame of the moving body
 
 
-# Places are 2 to 7 cm from the originals' on the table and up to 3 cm higher, and colours such that a policy of stage 0
+# Places are 1 to 7 cm from the originals' on the table and up to 3 cm higher, and colours such that a policy of stage 0
 # succeeds about as often as the paper's (0.41 on the new tasks to learn, 0.51 on the unseen): that was tried with two
 # seeds on initial states that nothing else uses (results/experiments.md). RL on a sparse reward needs a start.
 # The comments say what the shape is.
@@ -113,9 +113,9 @@ VARIANTS = {
         "button-press", (0.1, 0.35, 0.8), (0.1, 0.45, 0.15), (-0.05, -0.05, 0.02), (1.3, 0.7),
         (("cylinder", 0.02, (0, -0.18, 0), (0, -0.09, 0)), ("box", 0.05, (0, -0.194, 0), (0, -0.172, 0)))),
     "button-press-unseen1": Variant(  # narrow box, upright bar
-        "button-press", (0.15, 0.6, 0.25), (0.1, 0.1, 0.6), (0.05, -0.05, 0), (0.7, 1.0),
+        "button-press", (0.15, 0.6, 0.25), (0.1, 0.1, 0.6), (0.05, -0.05, 0.0), (0.7, 1.0),
         (("cylinder", 0.02, (0, -0.18, 0), (0, -0.09, 0)), ("box", 0.02, (0, -0.175, -0.07), (0, -0.175, 0.07)))),
-    "button-press-unseen2": Variant(  # small cube on a high stand, large thin disc
+    "button-press-unseen2": Variant(  # small cube on a stand, large thin disc
         "button-press", (0.55, 0.2, 0.6), (0.05, 0.4, 0.4), (-0.02, -0.04, 0.025), (0.75, 0.75),
         (("cylinder", 0.012, (0, -0.18, 0), (0, -0.09, 0)), ("cylinder", 0.07, (0, -0.194, 0), (0, -0.182, 0)))),
     "drawer-open-new": Variant(  # tall narrow cabinet, thick bow
@@ -138,7 +138,7 @@ VARIANTS = {
         "door-open", (0.3, 0.6, 0.35), (0.9, 0.9, 0.9), (-0.055, 0.02, 0.02), (1.0, 1.25),
         (("cylinder", 0.013, (0.325, 0, 0), (0.325, -0.12, 0)),
          ("capsule", 0.012, (0.325, -0.12, 0), (0.48, -0.12, 0)))),
-    "door-open-unseen2": Variant(  # flat cabinet on a high stand, rod with a ball
+    "door-open-unseen2": Variant(  # flat cabinet on a stand, rod with a ball
         "door-open", (0.7, 0.25, 0.25), (0.95, 0.8, 0.1), (-0.01, -0.01, 0.028), (1.0, 0.6),
         (("cylinder", 0.013, (0.325, 0, 0), (0.325, -0.12, 0)), ("capsule", 0.012, (0.325, -0.12, 0), (0.45, -0.12, 0)),
          ("sphere", 0.032, (0.45, -0.12, 0), None))),
@@ -149,17 +149,17 @@ VARIANTS = {
         "window-open", (0.15, 0.3, 0.7), (0.95, 0.85, 0.1), (0.025, -0.055, 0.007), (1.0, 0.85),
         (("box", 0.016, (-0.014, -0.095, -0.1), (-0.014, -0.095, 0.1)),
          ("box", 0.012, (-0.014, -0.095, 0), (-0.014, -0.03, 0)))),
-    "window-open-unseen2": Variant(  # very low frame on a high stand, ball
+    "window-open-unseen2": Variant(  # very low frame on a stand, ball
         "window-open", (0.45, 0.4, 0.3), (0.7, 0.1, 0.5), (-0.04, -0.025, 0.028), (1.0, 0.6),
         (("sphere", 0.032, (-0.014, -0.09, 0), None), ("cylinder", 0.012, (-0.014, -0.09, 0), (-0.014, -0.03, 0)))),
     "window-close-new": Variant(  # low frame on a stand, square peg
         "window-close", (0.8, 0.7, 0.15), (0.1, 0.2, 0.8), (-0.055, -0.04, 0.01), (1.0, 0.75),
         (("box", 0.028, (-0.028, -0.1, 0), (-0.028, -0.03, 0)),)),
     "window-close-unseen1": Variant(  # upright bar
-        "window-close", (0.5, 0.2, 0.6), (0.2, 0.9, 0.3), (0.03, -0.065, 0), (1.0, 0.9),
+        "window-close", (0.5, 0.2, 0.6), (0.2, 0.9, 0.3), (0.03, -0.065, 0.0), (1.0, 0.9),
         (("box", 0.016, (-0.014, -0.095, -0.1), (-0.014, -0.095, 0.1)),
          ("box", 0.012, (-0.014, -0.095, 0), (-0.014, -0.03, 0)))),
-    "window-close-unseen2": Variant(  # very low frame on a high stand, ball
+    "window-close-unseen2": Variant(  # very low frame on a stand, ball
         "window-close", (0.15, 0.6, 0.65), (0.9, 0.15, 0.1), (-0.065, -0.02, 0.025), (1.0, 0.6),
         (("sphere", 0.032, (-0.014, -0.09, 0), None), ("cylinder", 0.012, (-0.014, -0.09, 0), (-0.014, -0.03, 0)))),
 }
