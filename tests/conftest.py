@@ -1,11 +1,14 @@
 """What the tests share: a copy of the project to run things in, a toy domain with known optimum, small checkpoints."""
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+
+from data import ONLINE_SEED, attempts, open_episode  # noqa: E402
+from evaluate import all_tasks  # noqa: E402
+from model import VLA  # noqa: E402
 
 TOY = '''
 """A bead on a line, shown as brightness: push it to the middle. Solved in at most 4 of 8 decisions by the optimum."""
@@ -129,6 +136,50 @@ def make_vla(folder, vlm="tiny", **changes):
     return VLA.create(vlm, folder=folder, **{**settings, **changes})
 
 
+STAGE_FILES = {"config.json", "heads.safetensors", "vlm/model.safetensors", "log.jsonl", "eval.json", "summary.json"}
+
+
+def leftovers(folder):
+    """What a finished command must not leave behind."""
+    return [p for p in folder.rglob("*") if re.search(r"^\.|tmp|partial|state", p.name)]
+
+
+def check_run(folder, domain, stages, demos, data):
+    """Everything that a finished run consists of is there and readable, and nothing else is."""
+    name, run = domain.__name__.split(".")[-1], folder / "runs" / f"{domain.__name__.split('.')[-1]}-seed0-smoke"
+    assert sorted(p.name for p in run.iterdir()) == sorted([*stages, "D_rl", "report.json", "report.md", "report.png"])
+    for stage in stages:
+        assert not STAGE_FILES - set(files(run / stage)), stage
+        assert VLA.load(run / stage, name).config["domain"] == name
+        steps = [json.loads(line)["step"] for line in (run / stage / "log.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps)), f"{stage}/log.jsonl repeats itself"
+        assert set(json.loads((run / stage / "eval.json").read_text())["tasks"]) == set(all_tasks(domain))
+    report = json.loads((run / "report.json").read_text())
+    assert [s["name"] for s in report["stages"]] == stages and report["domain"] == name
+    for stage in report["stages"]:
+        assert sum(split["episodes"] for split in stage["splits"].values()) == len(all_tasks(domain))
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert all(s in (run / "report.md").read_text() for s in stages)
+    assert [s for s in stages if (run / s / "README.md").exists()] == stages[-1:]  # the model card
+    assert stages[-1] in (run / stages[-1] / "README.md").read_text()
+    assert not leftovers(folder / "runs")
+    for task in domain.EXPERT_TASKS:
+        assert len(attempts(data / task)) >= demos, task
+    for path in [*data.rglob("*"), *(run / "D_rl").rglob("*")]:
+        if path.is_file():
+            handle, header = open_episode(path)
+            assert header["success"] == "1" and handle.get_tensor("reward")[-1] == 1
+            assert int(header["seed"]) % ONLINE_SEED == int(path.stem)
+    return run
+
+
+def episodes(folder):
+    """What the episode files under a folder hold (safetensors' header has no fixed order): {path: content}."""
+    opened = {p.relative_to(folder): open_episode(p) for p in Path(folder).rglob("*.safetensors")}
+    names = ("image", "action", "reward")
+    return {p: (header, *(handle.get_tensor(n).tobytes() for n in names)) for p, (handle, header) in opened.items()}
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
     return Project(tmp_path_factory.mktemp("project"))
@@ -161,3 +212,11 @@ def backbone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backbone")
     build_tiny(folder, ["push the red bead", "push the green bead", "push the blue bead", "push"], image_size=32)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A toy project in which the smoke loop has run once from beginning to end, and how long that took."""
+    project, began = Project(tmp_path_factory.mktemp("undisturbed")), time.time()
+    project.must("bash", "loop.sh", "toy", "1", SMOKE="1")
+    return project, time.time() - began
