@@ -371,8 +371,8 @@ def record_successes(args, domain, vla, folder, first, successes, noise):
         shaken[:, -1] = 0
         return label + torch.as_tensor(shaken, dtype=label.dtype, device=label.device), label
 
-    folder.mkdir(parents=True, exist_ok=True)  # also where nothing succeeds: a run has always the same folders
     while attempted < 4 * successes:
+        folder.mkdir(parents=True, exist_ok=True)  # also where nothing succeeds: a run has always the same folders
         have = {k for k in attempts(folder) if k >= first}
         made = len([k for k in have if k < first + attempted])
         if made >= successes:

@@ -84,7 +84,8 @@ class Project:
         # PASSIVE: threads that spin while they wait crawl where other work has one of the cores
         env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", **env}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(command, cwd=self.folder, env=env, start_new_session=True, **pipes)
+        terminal = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        return subprocess.Popen(command, cwd=self.folder, env=env, **terminal, **pipes)  # xdist's workers ignore SIGINT
 
     def run(self, *command, timeout=900, **env):
         """Runs a command to its end: (exit code, stdout, stderr)."""
