@@ -108,10 +108,10 @@ class Frames:
         begin, end, _ = (slice(which, which + 1) if isinstance(which, int) else which).indices(self.shape[0])
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            data = os.pread(descriptor, (end - begin) * self.size, self.at + begin * self.size)
+            data = bytearray(os.pread(descriptor, (end - begin) * self.size, self.at + begin * self.size))
         finally:
             os.close(descriptor)
-        frames = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+        frames = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])  # writable, which torch asks for
         return frames[0] if isinstance(which, int) else frames
 
 
