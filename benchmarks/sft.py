@@ -176,11 +176,12 @@ def main():
             for side, (turn, attention) in sides.items():
                 vla.blip.set_attn_implementation(attention)
                 seconds[side].append(np.median(turn()))
-    rate = {side: round(args.batch / float(np.median(times[1:])), 2) for side, times in seconds.items()}
+    rate = {side: args.batch / float(np.median(times[1:])) for side, times in seconds.items()}
     size = "blip2-opt-2.7b's size, ours with --cache" if args.full else "1.2 M weights"
     rows = {}
     for name, side in (("fused attention", "theirs"), ("plain attention", "theirs, plain attention")):
-        row = {"ours": rate["ours"], "theirs": rate[side], "ratio": round(rate["ours"] / rate[side], 2)}
+        row = {"ours": rate["ours"], "theirs": rate[side], "ratio": rate["ours"] / rate[side]}
+        row = {key: float(f"{value:.3g}") if value < 100 else round(value) for key, value in row.items()}
         rows[f"SFT, samples/s ({size}, {dtype}, batch {args.batch}; theirs with {name})"] = row
     print(*(f"{name}: {row}" for name, row in rows.items()), sep="\n")
     path = ROOT / "results/benchmarks/sft.json"
