@@ -108,10 +108,10 @@ class Frames:
         begin, end, _ = (slice(which, which + 1) if isinstance(which, int) else which).indices(self.shape[0])
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            data = bytearray(os.pread(descriptor, (end - begin) * self.size, self.at + begin * self.size))
+            data = os.pread(descriptor, (end - begin) * self.size, self.at + begin * self.size)
         finally:
             os.close(descriptor)
-        frames = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])  # writable, which torch asks for
+        frames = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
         return frames[0] if isinstance(which, int) else frames
 
 
@@ -195,13 +195,14 @@ class Episodes:
             if (tokens := open_tokens(kept[e])) and tokens.metadata() == about:
                 found.append(e)
                 continue
-            q = [vla.image_tokens(x) for x in np.split(self.images[e][:], range(32, len(self.actions[e]), 32))]
+            images = self.images[e][:].copy()  # what was read is read-only, and torch warns of that
+            q = [vla.image_tokens(x) for x in np.split(images, range(32, len(images), 32))]
             with whole(kept[e]) as tmp:
                 save_tokens({"q": torch.cat(q).bfloat16().cpu()}, tmp, about)
         rng = np.random.default_rng()  # another sample each time; nothing that is trained depends on it
         for e in rng.choice(found, min(8, len(found)), replace=False):
             t = int(rng.integers(len(self.actions[e])))
-            want = vla.image_tokens(self.images[e][t : t + 1])[0].float().cpu()  # (Q, D)
+            want = vla.image_tokens(self.images[e][t : t + 1].copy())[0].float().cpu()  # (Q, D)
             error = (open_tokens(kept[e]).get_slice("q")[t].float() - want).norm() / want.norm()
             if not error < 0.05:  # bfloat16's rounding, also another machine's, is far below
                 raise Refusal(f"{kept[e]} is not what this VLM makes of {self.paths[e]}: delete {kept[e].parent}")

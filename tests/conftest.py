@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 from data import ONLINE_SEED, attempts, open_episode  # noqa: E402
 from evaluate import all_tasks  # noqa: E402
-from model import VLA  # noqa: E402
+from model import VLA, build_tiny  # noqa: E402
 
 TOY = '''
 """A bead on a line, shown as brightness: push it to the middle. Solved in at most 4 of 8 decisions by the optimum."""
@@ -128,8 +128,6 @@ def refused(story, *args):
 
 def make_vla(folder, vlm="tiny", **changes):
     """A new small float32 VLA, without a stage around it."""
-    from model import VLA
-
     settings = dict(
         instructions=["push the red bead", "push the green bead", "push the blue bead", "push"],
         action_dim=2, domain="toy", image_size=32, lora_rank=4, lora_targets="all", dtype="float32",
@@ -147,7 +145,8 @@ def leftovers(folder):
 
 def check_run(folder, domain, stages, demos, data):
     """Everything that a finished run consists of is there and readable, and nothing else is."""
-    name, run = domain.__name__.split(".")[-1], folder / "runs" / f"{domain.__name__.split('.')[-1]}-seed0-smoke"
+    name = domain.__name__.split(".")[-1]
+    run = folder / "runs" / f"{name}-seed0-smoke"
     assert sorted(p.name for p in run.iterdir()) == sorted([*stages, "D_rl", "report.json", "report.md", "report.png"])
     for stage in stages:
         assert not STAGE_FILES - set(files(run / stage)), stage
@@ -207,8 +206,6 @@ def checkpoint(project):
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory):
     """A small BLIP-2 folder in HF's layout, such as a user gives as --vlm: LoRA adapts it."""
-    from model import build_tiny
-
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("backbone")
     build_tiny(folder, ["push the red bead", "push the green bead", "push the blue bead", "push"], image_size=32)
