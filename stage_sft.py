@@ -7,8 +7,8 @@ Starts from stage 1's checkpoint: its head phi has learned the new task, its VLM
 before. Expert data keeps the old tasks, D_rl of all tasks so far brings the new ones into the VLM.
 
 Where the paper is silent or this differs from it:
-1) Mixture: every expert task is drawn equally often, every RL task `--rl-weight` times as often as an expert task
-   (the paper writes the plain union).
+1) Mixture: every task is drawn equally often, however many frames it has; an RL task `--rl-weight` times as often as
+   an expert task (the paper writes the plain union).
 2) AdamW from new moments, short warm-up, cosine to zero, moving average, augmentation, the error's unit: as in stage 0.
 3) `--freeze-vlm` trains phi alone: the paper's ablation iRe-VLA-freeze.
 4) The `tiny` VLM is trained whole here too (results/experiments.md compares that with LoRA: `--theta lora`).
@@ -51,7 +51,7 @@ class Args:
     out: str  # the checkpoint to write, e.g. runs/<name>/1-sft; D_rl/ is read beside it
     data: str = "runs/D_e"  # expert episodes: <data>/<domain>/<task>/
     domain: str = ""  # domains/<name>.py; empty: the parent's
-    rl_weight: float = 2.0  # how often an RL task is drawn, an expert task being 1
+    rl_weight: float = 1.0  # how often an RL task is drawn, an expert task being 1
     freeze_vlm: bool = False  # train phi alone: iRe-VLA-freeze
     theta: str = "whole"  # of a VLM without LoRA, train: whole, or lora (added here)
     lora_rank: int = 32  # of that new LoRA
