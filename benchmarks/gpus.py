@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import stage_rl  # noqa: E402
+from model import load_domain  # noqa: E402
 from plan import count, paper_config  # noqa: E402
 from stage0_sft import Args  # noqa: E402
 
@@ -22,7 +24,11 @@ GPUS = {  # how many, bfloat16 FLOP/s, bytes/s, bytes of memory, each; NVIDIA's 
     "RTX 4090": (1, 165e12, 1.01e12, 24e9),
     "four A100 80 GB": (4, 312e12, 2.04e12, 80e9),
 }
-WORDS, A, STEPS, BATCH, BUDGET, EPOCHS, ROWS = 6, 4, 4000, 256, 150_000, 5, 129 * 16  # the stages' defaults
+WORDS, A = 6, 4  # of Meta-World
+RL = stage_rl.Args(task="", parent="", out="")
+DOMAIN = load_domain("metaworld")
+BUDGET, EPOCHS, ROWS = stage_rl.algo_and_budget(RL, DOMAIN)[1], RL.epochs, (RL.rollout + 1) * RL.envs
+STEPS, BATCH = DOMAIN.STEPS, Args("", "").batch
 
 
 def main():

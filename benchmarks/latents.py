@@ -18,10 +18,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import stage_rl  # noqa: E402
-from benchmarks._turns import in_turns  # noqa: E402
+from benchmarks._turns import in_turns, keep, row  # noqa: E402
 from data import Episodes  # noqa: E402
 from model import VLA, Head, load_domain  # noqa: E402
-from run import write_json  # noqa: E402
 
 
 def main():
@@ -67,12 +66,9 @@ def main():
         stage_rl.ppo_update(settings, vla, critic, optimizer, flat, rows, mask, False, generator, None, again)
 
     sides = {"ours": update, "theirs": lambda: update(lambda b: encode(b.numpy())[0])}
-    row = {side: round(s, 3) for side, s in in_turns(sides, args.rounds).items()}
-    row["ratio"] = round(row["theirs"] / row["ours"], 1)
-    print(f"seconds an update of {args.epochs} epochs over {args.decisions} decisions: {row}")
-    write_json(
-        ROOT / "results/benchmarks/latents.json", {"PPO update, stored latents beside encoding again, seconds": row}
-    )
+    ours, theirs = in_turns(sides, args.rounds).values()
+    what = f"PPO update, {args.epochs} epochs over {args.decisions} decisions, seconds; theirs encodes again"
+    keep("latents", {what: row(ours, theirs, theirs / ours)})
 
 
 if __name__ == "__main__":

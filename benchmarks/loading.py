@@ -32,6 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from benchmarks._turns import keep, row  # noqa: E402
+
 TASKS, SIZE = ["drawer-open", "door-open", "button-press", "window-open"], 64
 
 
@@ -157,16 +159,12 @@ def main():
         for group in filter(None, groups):
             group.rmdir()
 
-    from run import write_json
-
     held = f"{args.limit:g} GB of memory" if all(groups) else "pages dropped before each round"
     print(f"{args.gb:g} GB, {frames:,} frames of {SIZE} px; {held}")
-    rate, rows = {name: float(np.median(rates[1:])) for name, (*_, rates) in sides.items()}, {}
+    rate = {name: float(np.median(rates[1:])) for name, (*_, rates) in sides.items()}
     for name in ("npz", "npz compressed"):
-        row = {"ours": round(rate["ours"]), "theirs": round(rate[name]), "ratio": round(rate["ours"] / rate[name], 1)}
-        rows[f"random frames/s of {args.gb:g} GB, {held}, beside .{name}"] = row
-    print(*(f"{name}: {row}" for name, row in rows.items()), sep="\n")
-    write_json(ROOT / "results/benchmarks/loading.json", rows)
+        what = f"random frames/s of {args.gb:g} GB, {held}, beside .{name}"
+        keep("loading", {what: row(rate["ours"], rate[name], rate["ours"] / rate[name])})
 
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ from stable_baselines3 import PPO  # noqa: E402
 from stable_baselines3.common.logger import Logger  # noqa: E402
 
 import stage_rl  # noqa: E402
-from benchmarks._turns import in_turns  # noqa: E402
+from benchmarks._turns import in_turns, keep, row  # noqa: E402
 from benchmarks.sacfd import Policy, Still, their_net  # noqa: E402  a VLA's head, and the same net for Stable-Baselines3
 from model import Head, TokenLearner  # noqa: E402
-from run import read_json, write_json  # noqa: E402
 
 
 class Stock(TokenLearner):
@@ -93,15 +92,10 @@ def main():
     sides = {"ours": our_update(args, *rollout)}
     learners = {"torch's attention": Stock, "our token learner": TokenLearner}
     sides |= {name: their_update(learner, args, *rollout) for name, learner in learners.items()}
-    speed = {side: round(n * args.epochs / s) for side, s in in_turns(sides, args.rounds).items()}
-    path, ours = ROOT / "results/benchmarks/ppo.json", speed.pop("ours")
-    rows = read_json(path) if path.exists() else {}
-    for name, theirs in speed.items():  # a row for each size
-        row = {"ours": ours, "theirs": theirs, "ratio": round(ours / theirs, 2)}
-        size = f"M {args.tokens}, D {args.dim}, minibatch {args.minibatch}"
-        print(f"{size}; theirs with {name}: {row}")
-        rows[f"PPO update, samples/s ({size}; theirs with {name})"] = row
-    write_json(path, rows)
+    speed = {side: n * args.epochs / s for side, s in in_turns(sides, args.rounds).items()}
+    ours, size = speed.pop("ours"), f"M {args.tokens}, D {args.dim}, minibatch {args.minibatch}"
+    for name, theirs in speed.items():
+        keep("ppo", {f"PPO update, samples/s ({size}; theirs with {name})": row(ours, theirs, ours / theirs)})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ results/benchmarks/render.json and render.png.
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import os
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MUJOCO_GL", "egl")
+
+from benchmarks._turns import RESULTS, keep, row  # noqa: E402
 
 
 def ours(domain, task, size):
@@ -132,8 +133,6 @@ def main():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    out, rows = ROOT / "results" / "benchmarks", {}
-    out.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(2, len(args.tasks) * len(args.sizes), squeeze=False, figsize=(16, 6))
     for column, (task, size) in enumerate((task, size) for size in args.sizes for task in args.tasks):
         domain, _, task = task.partition(":")
@@ -144,16 +143,13 @@ def main():
             rates, pictures = compare(domain, task, size, args.rounds, processes, sides)
             for side in list(sides)[1:]:
                 name = f"{task}, {size} px, rendered decisions/s, processes {processes}, beside {side}"
-                rows[name] = {"ours": round(rates["ours"], 1), "theirs": round(rates[side], 2)}
-                rows[name]["ratio"] = round(rates["ours"] / rates[side], 1)
-                print(f"{name}: {rows[name]}", flush=True)
+                keep("render", {name: row(rates["ours"], rates[side], rates["ours"] / rates[side])})
         for axis, (label, picture) in zip(axes[:, column], pictures.items()):
             axis.imshow(picture, interpolation="nearest")
             axis.set_title(f"{'ours' if label == 'ours' else 'stock'}, {task}, {size} px", fontsize=9)
             axis.axis("off")
     figure.tight_layout()
-    figure.savefig(out / "render.png", dpi=100)
-    (out / "render.json").write_text(json.dumps(rows, indent=2) + "\n")
+    figure.savefig(RESULTS / "render.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ import torch  # noqa: E402
 from test_full_size import build  # noqa: E402  writes blip2-opt-2.7b's configuration with random weights
 
 import stage_rl  # noqa: E402
-from benchmarks._turns import in_turns  # noqa: E402
+from benchmarks._turns import in_turns, keep, row  # noqa: E402
 from model import VLA, Head, build_tiny, freeze, load_domain  # noqa: E402
-from run import read_json, write_json  # noqa: E402
 
 TASK, SIZE, A = "drawer-open", 64, 4
 
@@ -78,12 +77,9 @@ def main():
     seconds = {side: s / n for side, s in in_turns(sides, args.rounds).items()}
     run.close()
     ours, best = seconds.pop("ours"), min(seconds, key=seconds.get)
-    row = {"ours": round(ours, 4), "theirs": round(seconds[best], 4), "ratio": round(ours / seconds[best], 3)}
     size = "1.2 M weights" if args.tiny else "blip2-opt-2.7b's size"
-    name = f"stage 1, s a decision ({size}, {args.envs} simulators; theirs in batches of {best})"
-    print(f"{name}: {row}")
-    path = ROOT / "results/benchmarks/rl.json"
-    write_json(path, (read_json(path) if path.exists() else {}) | {name: row})
+    what = f"stage 1, s a decision ({size}, {args.envs} simulators; theirs in batches of {best})"
+    keep("rl", {what: row(ours, seconds[best], ours / seconds[best])})
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ python benchmarks/sacfd.py
 """
 
 import argparse
+import itertools
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,8 +25,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor  # noqa:
 
 import sacfd  # noqa: E402
 import stage_rl  # noqa: E402
+from benchmarks._turns import in_turns, keep, row  # noqa: E402
 from model import Head, TokenLearner  # noqa: E402
-from run import write_json  # noqa: E402
 
 
 class Policy(torch.nn.Module):
@@ -142,22 +142,17 @@ def main():
         "ours, every step": lambda t: our_decision(t, 1),
         "theirs": their_decision,
     }
-    seconds = {side: [] for side in sides}
-    for turn in range(args.rounds + 1):
-        for side, decision in sides.items():
-            began = time.perf_counter()
-            for k in range(args.decisions):
-                decision(turn * args.decisions + k)
-            seconds[side].append((time.perf_counter() - began) / args.decisions)
-    median = {side: float(np.median(times[1:])) for side, times in seconds.items()}
-    result = {}
+
+    def turn(decision):
+        """Some decisions of a side, each turn's after the last one's."""
+        clock = itertools.count()
+        return lambda: [decision(next(clock)) for _ in range(args.decisions)]
+
+    seconds = in_turns({side: turn(decision) for side, decision in sides.items()}, args.rounds)
+    ms = {side: 1000 * s / args.decisions for side, s in seconds.items()}
     for side in ("ours, as set", "ours, every step"):
-        ours, other = 1000 * median[side], 1000 * median["theirs"]
-        result[f"SACfD, ms a decision ({side[6:]})"] = {
-            "ours": round(ours, 2), "theirs": round(other, 2), "ratio": round(other / ours, 2)
-        }  # fmt: skip
-    print(*(f"{name}: {row}" for name, row in result.items()), sep="\n")
-    write_json(ROOT / "results/benchmarks/sacfd.json", result)
+        what = f"SACfD, ms a decision ({side[6:]})"
+        keep("sacfd", {what: row(ms[side], ms["theirs"], ms["theirs"] / ms[side])})
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ import torch  # noqa: E402
 from test_full_size import build  # noqa: E402  writes blip2-opt-2.7b's configuration with random weights
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from benchmarks._turns import keep, row  # noqa: E402
 from data import Episodes, write_episode  # noqa: E402
 from domains import metaworld as domain  # noqa: E402
 from model import VLA, build_tiny, freeze, pick_dtype  # noqa: E402
-from run import read_json, write_json  # noqa: E402
 from stage0_sft import augment, draw_augmentation, sft_gradient  # noqa: E402
 
 TASK, SIZE, A = "drawer-open", 64, 4
@@ -178,14 +178,9 @@ def main():
                 seconds[side].append(np.median(turn()))
     rate = {side: args.batch / float(np.median(times[1:])) for side, times in seconds.items()}
     size = "blip2-opt-2.7b's size, ours with --cache" if args.full else "1.2 M weights"
-    rows = {}
     for name, side in (("fused attention", "theirs"), ("plain attention", "theirs, plain attention")):
-        row = {"ours": rate["ours"], "theirs": rate[side], "ratio": rate["ours"] / rate[side]}
-        row = {key: float(f"{value:.3g}") if value < 100 else round(value) for key, value in row.items()}
-        rows[f"SFT, samples/s ({size}, {dtype}, batch {args.batch}; theirs with {name})"] = row
-    print(*(f"{name}: {row}" for name, row in rows.items()), sep="\n")
-    path = ROOT / "results/benchmarks/sft.json"
-    write_json(path, (read_json(path) if path.exists() else {}) | rows)  # rows for each size
+        what = f"SFT, samples/s ({size}, {dtype}, batch {args.batch}; theirs with {name})"
+        keep("sft", {what: row(rate["ours"], rate[side], rate["ours"] / rate[side])})
 
 
 if __name__ == "__main__":
