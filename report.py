@@ -149,7 +149,8 @@ def picture(r, domain, path):
         ends.append((y[-1], colour))
     for y, colour in sorted(ends):
         last = max(y, last + 0.035)  # numbers that would cover each other stand one above the other
-        left.annotate(f"{y:.2f}", (len(stages) - 0.94, last), (6, -3), textcoords="offset points", color=colour, fontsize=9)
+        at = len(stages) - 0.94, last
+        left.annotate(f"{y:.2f}", at, (6, -3), textcoords="offset points", color=colour, fontsize=9)
     left.set(ylim=(0, 1.02), ylabel="success (95 % Wilson interval)", xlim=(-0.3, len(stages) - 0.5))
     left.set_xticks(range(len(stages)), short, rotation=35, ha="right", fontsize=8)
     left.grid(axis="y", alpha=0.3)
