@@ -39,7 +39,7 @@ STAGE0="" RL=${RL:-} SFT="" DATA=runs/D_e
 if [ -n "$SMOKE" ]; then
   DATA=runs/D_e-smoke
   STAGE0="--demos 2 --steps 60 --batch 32 --episodes 1"
-  RL="--env-steps 1500 --envs 8 --rollout 32 --warmup 1 --successes 2 --episodes 1 --sacfd.demos 2 --sacfd.warmup 200 $RL"
+  RL="--env-steps 1500 --envs 8 --rollout 32 --warmup 1 --successes 2 --episodes 1 --sacfd.demos 2 --sacfd.warmup 200 --sacfd.utd 1 $RL"
   SFT="--steps 30 --batch 32 --episodes 1"
 fi
 [[ ${SFT_ARGS:-} != *--cache* ]] || STAGE0+=" --lora-targets language"

@@ -248,7 +248,7 @@ def curves(folders, path):
             x, y = [r["step"] / 1000 for r in rows], [r["success"] for r in rows]
             ax.plot(x, y, color=names[folder.parent.name], label=folder.parent.name)
         ax.set_title(task, fontsize=9, loc="left")
-        ax.set(xlabel="thousand environment steps", ylim=(0, 1.02))
+        ax.set(xlabel="thousand environment steps", xlim=(0, None), ylim=(0, 1.02))
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("training success")

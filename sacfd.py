@@ -44,7 +44,7 @@ RANGE = 1.1  # the squashed action's, a little more than what the environment cl
 @dataclass
 class SACfD:
     demos: int = 20  # zero-shot successes in the demonstration buffer
-    utd: float = 2.0  # gradient steps for each decision
+    utd: float = 4.0  # gradient steps for each decision
     batch: int = 128  # rows of each gradient step, half of them demonstrations
     actor_every: int = 2  # gradient steps of the critics for one of the actor and the temperature (TD3 1802.09477)
     n_step: int = 5  # decisions whose rewards are summed before the critic is asked
@@ -56,7 +56,7 @@ class SACfD:
     clone: float = 0.05  # weight of behaviour cloning on the demonstrations
     priority: float = 0.6  # exponent of prioritized replay
     importance: float = 0.4  # exponent of its importance weights
-    warmup: int = 2000  # decisions before the actor moves
+    warmup: int = 500  # decisions before the actor moves
 
 
 # ----------------------------------------------------------------------------------------------------------------------

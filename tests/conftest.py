@@ -180,6 +180,12 @@ def episodes(folder):
     return {p: (header, *(handle.get_tensor(n).tobytes() for n in names)) for p, (handle, header) in opened.items()}
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random weights are the same in every run of a test."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
     return Project(tmp_path_factory.mktemp("project"))
