@@ -55,7 +55,7 @@ class Args:
     freeze_vlm: bool = False  # train phi alone: iRe-VLA-freeze
     theta: str = "whole"  # of a VLM without LoRA, train: whole, or lora (added here)
     lora_rank: int = 32  # of that new LoRA
-    steps: int = 700  # optimizer steps
+    steps: int = 1400  # optimizer steps
     batch: int = 256  # frames of each step
     lr: float = 2e-4  # peak learning rate
     weight_decay: float = 0.01  # AdamW's
