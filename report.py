@@ -137,7 +137,7 @@ def picture(r, domain, path):
     )
     colours = {"expert": "#4878a8", "rl": "#d1603d", "unseen": "#5a9a68"}
     labels = {"expert": "expert tasks", "rl": "RL tasks", "unseen": "unseen tasks"}
-    ends, last = [], -1.0
+    ends, last, apart = [], -1.0, 0.16 / (0.19 * len(names) + 0.8)
     for j, (split, colour) in enumerate(colours.items()):
         counts = [s["splits"][split] for s in stages]
         y = [rate(c) for c in counts]
@@ -148,7 +148,7 @@ def picture(r, domain, path):
         left.errorbar(x, y, [below, above], color=colour, marker="o", markersize=4, capsize=2, label=labels[split])
         ends.append((y[-1], colour))
     for y, colour in sorted(ends):
-        last = max(y, last + 0.035)  # numbers that would cover each other stand one above the other
+        last = max(y, last + apart)  # numbers that would cover each other stand one above the other
         at = len(stages) - 0.94, last
         left.annotate(f"{y:.2f}", at, (6, -3), textcoords="offset points", color=colour, fontsize=9)
     left.set(ylim=(0, 1.02), ylabel="success (95 % Wilson interval)", xlim=(-0.3, len(stages) - 0.5))
