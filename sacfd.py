@@ -15,7 +15,7 @@ behaviour cloning beside RL 1709.10089. SERL runs SAC on 50/50 batches without p
 
 The paper names SACfD and says half and half, 20 demonstrations, an hour a task; all else here is a choice:
 1) One deviation for each action dimension, as PPO's, not one for each state.
-2) The actor rests until `warmup` decisions have taught the critics.
+2) The actor rests until `warmup` decisions, those of the zero-shot attempts among them, have been made.
 3) An episode that a fault ended (info["fault"]) stays in the file and is never drawn; a person's action
    (info["executed"]) is stored as the action.
 """
@@ -56,7 +56,7 @@ class SACfD:
     clone: float = 0.05  # weight of behaviour cloning on the demonstrations
     priority: float = 0.6  # exponent of prioritized replay
     importance: float = 0.4  # exponent of its importance weights
-    warmup: int = 500  # decisions before the actor moves
+    warmup: int = 500  # decisions before the actor moves, zero-shot attempts included
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,12 +26,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode  # noqa: E402
 
-from benchmarks._turns import in_turns  # noqa: E402
+from benchmarks._turns import RESULTS, in_turns, keep  # noqa: E402
 from data import Episodes, write_episode  # noqa: E402
 from domains import metaworld as domain  # noqa: E402
 from evaluate import all_tasks  # noqa: E402
 from model import VLA, load_domain  # noqa: E402
-from run import write_json  # noqa: E402
 
 T, SIZE, SENTENCE = 40, 64, "open the drawer"
 
@@ -134,13 +133,9 @@ def main():
         axis.set_title(title, fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
-    out = ROOT / "results" / "benchmarks"
-    figure.savefig(out / "scaling.png", dpi=100)
-    rows = {f"{title}, {unit}, by {label}": values for title, label, unit, values in panels}
-    for name, values in rows.items():
-        rows[name] = {str(n): float(f"{v:.3g}") for n, v in values.items()}
-        print(f"{name}: {rows[name]}")
-    write_json(out / "scaling.json", rows)
+    figure.savefig(RESULTS / "scaling.png", dpi=100)
+    for title, label, unit, values in panels:
+        keep("scaling", {f"{title}, {unit}, by {label}": {str(n): float(f"{v:.3g}") for n, v in values.items()}})
 
 
 if __name__ == "__main__":
