@@ -44,7 +44,7 @@ import numpy as np
 
 HORIZON = 60  # decisions
 ALGO = "sacfd"  # of stage 1
-NOISE, KICKS = 0.2, 0.0  # of the demonstrations, see stage0_sft.py
+NOISE, KICKS = 0.2, 0.06  # of the demonstrations, see stage0_sft.py
 VIEWS = 2  # in a picture
 STEPS = 2500  # of stage 0's optimizer
 PERIOD = 0.1  # s, a decision
@@ -79,8 +79,9 @@ class Thing:
     square: bool = False  # as good to take when turned by 90 degrees
 
 
-def block(*rgb):
-    return Thing((("box", rgb, (0.024, 0.024, 0.024), (0, 0, 0.024)),), (0, 0, 0.024), turned=0.6, square=True)
+def block(rgb, length=0.048, width=0.048, height=0.048):
+    size, cube = (length / 2, width / 2, height / 2), length == width
+    return Thing((("box", rgb, size, (0, 0, height / 2)),), (0, 0, height / 2), turned=0.6 if cube else 1.0, square=cube)
 
 
 def upright(*parts, height):
@@ -92,10 +93,10 @@ PURPLE, ORANGE, GREEN, LIME = (0.35, 0.1, 0.45), (1, 0.45, 0.05), (0.2, 0.55, 0.
 YELLOW, RED, BROWN, WHITE = (0.95, 0.85, 0.1), (0.85, 0.15, 0.1), (0.6, 0.4, 0.25), (0.9, 0.85, 0.75)
 # fmt: off
 TABLE = {  # object: (split, shape and grasp)
-    "red block": ("expert", block(0.85, 0.1, 0.1)),
-    "green block": ("expert", block(0.1, 0.65, 0.2)),
-    "blue block": ("expert", block(0.1, 0.25, 0.85)),
-    "yellow block": ("expert", block(0.95, 0.8, 0.1)),
+    "red block": ("expert", block((0.85, 0.1, 0.1))),
+    "green block": ("expert", block((0.1, 0.65, 0.2), length=0.1, width=0.04, height=0.04)),
+    "blue block": ("expert", block((0.1, 0.25, 0.85), length=0.068, width=0.052, height=0.04)),
+    "yellow block": ("expert", block((0.95, 0.8, 0.1), length=0.08, width=0.036, height=0.06)),
     "eggplant": ("rl", Thing((  # thick: the fingers must come down on both sides
         ("ellipsoid", PURPLE, (0.055, 0.034, 0.026), (-0.014, 0, 0.026)),
         ("ellipsoid", PURPLE, (0.05, 0.022, 0.019), (0.042, 0, 0.02)),
@@ -104,7 +105,7 @@ TABLE = {  # object: (split, shape and grasp)
         ("ellipsoid", ORANGE, (0.05, 0.014, 0.0137), (0.02, 0, 0.0137)),
         ("ellipsoid", ORANGE, (0.06, 0.01, 0.0097), (-0.03, 0, 0.0097)),
         ("ellipsoid", GREEN, (0.024, 0.014, 0.01), (0.085, 0, 0.014))), (0.01, 0, 0.012))),
-    "purple block": ("unseen", block(0.5, 0.15, 0.6)),
+    "purple block": ("unseen", block((0.5, 0.15, 0.6))),
     "tomato": ("unseen", upright(
         ("ellipsoid", RED, (0.029, 0.029, 0.026), (0, 0, 0.026)),
         ("ellipsoid", GREEN, (0.012, 0.012, 0.004), (0, 0, 0.052)), height=0.022)),
