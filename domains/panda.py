@@ -15,7 +15,10 @@ and was tested on other objects. Sizes, places, cameras and horizon it does not 
   success. One, not four blocks to choose from: the tiny VLM sees colours swapped at random in SFT (stage0_sft.py).
 - The arm is Franka's kinematics with the meshes that gymnasium-robotics carries, under SERL's Cartesian impedance law
   (serl_franka_controllers), computed every 2 ms, not every 1 ms; the law's constants are scaled accordingly.
-- The RL objects are harder than blocks: the eggplant is thick and turned further, the carrot thin and low.
+- A block has another size in every episode (BLOCKS), for the tiny VLM knows nothing else: how something long, thick or
+  low lies there it must have seen on blocks before a head can learn to take it.
+- The RL objects are harder than blocks: the eggplant is thicker than any (the open fingers leave it 6 mm on each
+  side), the carrot thinner and lower.
 - The policy sees one picture: the front camera's view above the wrist camera's, 64 x 32 pixels each.
 - The expert is a function of the present state alone: a policy that sees one picture cannot imitate a memory.
 """
@@ -50,6 +53,7 @@ STEPS = 2500  # of stage 0's optimizer
 PERIOD = 0.1  # s, a decision
 LIFT = 0.07  # m that the object has to rise
 PLACES = ((0.42, 0.56), (-0.11, 0.11))  # m, where objects lie, x from the robot and y to its left
+BLOCKS = ((0.062, 0.03, 0.03), (0.1, 0.052, 0.06))  # m, the least and greatest length, width and height of a block
 CAMERAS = {
     "front": {"lookat": [0.46, 0.0, 0.075], "distance": 0.52, "azimuth": 180, "elevation": -33},
     "wrist": {"pos": [0.09, 0.0, 0.0], "lookat": [0.035, 0.0, 0.13], "fovy": 58},  # in the frame of the hand
@@ -61,6 +65,7 @@ PROTOCOL = {
     "turn": 0.25,
     "lift": LIFT,
     "places": PLACES,
+    "blocks": BLOCKS,
     "cameras": CAMERAS,
 }
 PROTOCOL |= {package: version(package) for package in ("gymnasium-robotics", "mujoco")}
@@ -77,11 +82,16 @@ class Thing:
     grasp: tuple  # where the fingers close, along its y axis
     turned: float = 1.0  # half the range of its yaw
     square: bool = False  # as good to take when turned by 90 degrees
+    varied: bool = False  # a block of another size, within BLOCKS, in every episode
+
+    def drawn(self, rng):
+        """The object of an episode."""
+        return block(self.parts[0][1], *rng.uniform(*BLOCKS)) if self.varied else self
 
 
-def block(rgb, length=0.048, width=0.048, height=0.048):
-    size, cube = (length / 2, width / 2, height / 2), length == width
-    return Thing((("box", rgb, size, (0, 0, height / 2)),), (0, 0, height / 2), turned=0.6 if cube else 1.0, square=cube)
+def block(rgb, length=0.048, width=0.048, height=0.048, **how):
+    size = length / 2, width / 2, height / 2
+    return Thing((("box", rgb, size, (0, 0, height / 2)),), (0, 0, height / 2), **how)
 
 
 def upright(*parts, height):
@@ -93,10 +103,10 @@ PURPLE, ORANGE, GREEN, LIME = (0.35, 0.1, 0.45), (1, 0.45, 0.05), (0.2, 0.55, 0.
 YELLOW, RED, BROWN, WHITE = (0.95, 0.85, 0.1), (0.85, 0.15, 0.1), (0.6, 0.4, 0.25), (0.9, 0.85, 0.75)
 # fmt: off
 TABLE = {  # object: (split, shape and grasp)
-    "red block": ("expert", block((0.85, 0.1, 0.1))),
-    "green block": ("expert", block((0.1, 0.65, 0.2), length=0.1, width=0.04, height=0.04)),
-    "blue block": ("expert", block((0.1, 0.25, 0.85), length=0.068, width=0.052, height=0.04)),
-    "yellow block": ("expert", block((0.95, 0.8, 0.1), length=0.08, width=0.036, height=0.06)),
+    "red block": ("expert", block((0.85, 0.1, 0.1), varied=True)),
+    "green block": ("expert", block((0.1, 0.65, 0.2), varied=True)),
+    "blue block": ("expert", block((0.1, 0.25, 0.85), varied=True)),
+    "yellow block": ("expert", block((0.95, 0.8, 0.1), varied=True)),
     "eggplant": ("rl", Thing((  # thick: the fingers must come down on both sides
         ("ellipsoid", PURPLE, (0.055, 0.034, 0.026), (-0.014, 0, 0.026)),
         ("ellipsoid", PURPLE, (0.05, 0.022, 0.019), (0.042, 0, 0.02)),
@@ -105,7 +115,7 @@ TABLE = {  # object: (split, shape and grasp)
         ("ellipsoid", ORANGE, (0.05, 0.014, 0.0137), (0.02, 0, 0.0137)),
         ("ellipsoid", ORANGE, (0.06, 0.01, 0.0097), (-0.03, 0, 0.0097)),
         ("ellipsoid", GREEN, (0.024, 0.014, 0.01), (0.085, 0, 0.014))), (0.01, 0, 0.012))),
-    "purple block": ("unseen", block((0.5, 0.15, 0.6))),
+    "purple block": ("unseen", block((0.5, 0.15, 0.6), turned=0.6, square=True)),
     "tomato": ("unseen", upright(
         ("ellipsoid", RED, (0.029, 0.029, 0.026), (0, 0, 0.026)),
         ("ellipsoid", GREEN, (0.012, 0.012, 0.004), (0, 0, 0.052)), height=0.022)),
@@ -227,17 +237,18 @@ class World:
 
     def __init__(self, gripper="serl"):
         self.gripper, self.faults, self.stopped = GRIPPERS[gripper], {}, False  # faults: those ordered, see FAULTS
-        self.task, self.screen, self.drawn, self.frames, self.seconds = "", None, {}, 0, 0.0
+        self.thing, self.screen, self.drawn, self.frames, self.seconds = None, None, {}, 0, 0.0
         self.reset(EXPERT_TASKS[0], 0)
 
     def reset(self, task, seed):
         """The operator's hands: put the task's object on the table and the arm where episodes start."""
-        if task != self.task:
+        self.rng = rng = np.random.default_rng([seed, list(THINGS).index(task)])  # also of the encoders' noise
+        thing = THINGS[task].drawn(rng)
+        if thing != self.thing:
             self.close()
-            self.task, self.model = task, build(THINGS[task])
+            self.thing, self.model = thing, build(thing)
             self.data, self.tcp = mujoco.MjData(self.model), self.model.site("tcp").id
-        rng, d, thing = np.random.default_rng([seed, list(THINGS).index(task)]), self.data, THINGS[task]
-        self.rng = rng  # also of the encoders' noise
+        d = self.data
         mujoco.mj_resetData(self.model, d)
         d.qpos[:7], d.qpos[7:9] = RESET_Q, 0.04
         self.solve(np.array(HOME) + rng.uniform(-START, START, 3))
@@ -398,7 +409,10 @@ class World:
         """What an eye above the table would tell."""
         thing = self.data.qpos[9:16]
         success = bool(thing[2] - self.height > LIFT)
-        return {"success": success, "thing": [*thing], "target": [*self.target[0]], "seconds": self.seconds}
+        return {
+            "success": success, "thing": [*thing], "grasp": self.thing.grasp, "target": [*self.target[0]],
+            "seconds": self.seconds,
+        }  # fmt: skip
 
     def picture(self, camera, width, height):
         """(picture (height, width, 3) uint8, its number, its age in s) of a camera."""
@@ -706,9 +720,10 @@ def expert(env):
     from scipy.spatial.transform import Rotation
 
     env = env.unwrapped
-    thing, seen = THINGS[env.task], np.array(env.scene.look()["thing"])
-    lies = Rotation.from_quat(seen[3:], scalar_first=True)
-    grasp = seen[:3] + lies.apply(thing.grasp)
+    thing, seen = THINGS[env.task], env.scene.look()
+    place, quat = np.split(np.array(seen["thing"]), [3])
+    lies = Rotation.from_quat(quat, scalar_first=True)
+    grasp = place + lies.apply(seen["grasp"])
     x, y, _ = lies.apply([1, 0, 0])
     alike = math.pi / 2 if thing.square else math.pi  # turned by this, the fingers close as well
     yaw = (math.atan2(y, x) + alike / 2) % alike - alike / 2
