@@ -53,7 +53,7 @@ STEPS = 2500  # of stage 0's optimizer
 PERIOD = 0.1  # s, a decision
 LIFT = 0.07  # m that the object has to rise
 PLACES = ((0.42, 0.56), (-0.11, 0.11))  # m, where objects lie, x from the robot and y to its left
-BLOCKS = ((0.062, 0.03, 0.03), (0.1, 0.052, 0.06))  # m, the least and greatest length, width and height of a block
+BLOCKS = ((0.062, 0.03, 0.02), (0.1, 0.052, 0.06))  # m, the least and greatest length, width and height of a block
 CAMERAS = {
     "front": {"lookat": [0.46, 0.0, 0.075], "distance": 0.52, "azimuth": 180, "elevation": -33},
     "wrist": {"pos": [0.09, 0.0, 0.0], "lookat": [0.035, 0.0, 0.13], "fovy": 58},  # in the frame of the hand
