@@ -64,7 +64,6 @@ class Limits:
     turn: float = 0.25  # the same for each component of the rotation vector
     tilt: float = 0.15  # of the hand from pointing down
     yaw: float = 1.45  # of the hand, both ways
-    gripper_from: float = 0.1  # of an action's last number: minus this and less closes, this and more opens
     gripper_rest: int = 5  # decisions between two gripper commands: the hand needs half a second
     compliance: dict = field(  # of the impedance controller: it pushes with at most 2000 N/m * 0.01 m = 20 N
         default_factory=lambda: {
@@ -456,8 +455,7 @@ class Person:
 class Panda(gym.Env):
     """One task on a Panda. Observation (image_size, image_size, 3) uint8: the front camera's view above the wrist's.
     Action (7,) in [-1, 1]: the hand's motion x, y, z (Limits.step) and rotation vector (Limits.turn) in the base frame
-    from where it is measured to be; and the gripper: below 0 closes it, above 0 opens it. (SERL's closes at -0.5; but a
-    policy that has learned by squared error says 0 where it doubts, and then would never close.)
+    from where it is measured to be; and the gripper: -0.5 and less closes it, 0.5 and more opens it.
 
     A Fault ends the episode: truncated, and info["fault"] says what it was. info["executed"] is the action that was
     done, which is another one than was asked for while a person has taken over.
@@ -532,8 +530,7 @@ class Panda(gym.Env):
 
     def grip(self, wish):
         """Open or close the gripper if the action's last number says so, it is not so already, and it has had time."""
-        least = self.limits.gripper_from
-        want = "open" if wish >= least else "close" if wish <= -least else self.gripper
+        want = "open" if wish >= 0.5 else "close" if wish <= -0.5 else self.gripper
         if want == self.gripper or self.decisions - self.gripped < self.limits.gripper_rest:
             return
         self.gripper, self.gripped, self.opening_then = want, self.decisions, self.opening
