@@ -2,7 +2,7 @@
 SACfD: soft actor-critic from demonstrations, in the frozen VLM's latent space (paper Sec. V-D). The other algorithm of
 stage 1, `stage_rl.py --algo sacfd`, for a robot, where PPO's appetite for episodes cannot be paid.
 
-    demonstrations   20 successes of the zero-shot policy, those that D_rl/<task> holds or else played now
+    demonstrations   20 successes of the zero-shot policy, those that D_rl/<task> holds or else played now, exploring
     row              latents h (M, D) bf16, action, reward, term, trunc; what a decision led to is the next row
     batch            half from the demonstrations, half from what RL has seen
     critics          two; target: n-step return + gamma^n (the lesser of two slow copies - alpha log pi)

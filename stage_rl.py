@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data import ONLINE_SEED, RL_SEED, attempts, write_episode
 from evaluate import check_task, evaluate_stage, play, simulators
 from model import VLA, Head, describe, freeze, load_domain, log_prob
-from sacfd import Critics, SACfD, train_sacfd
+from sacfd import Critics, SACfD, squashed, train_sacfd
 
 
 @dataclass
@@ -209,7 +209,7 @@ def story(args):
     folder = out.parent / "D_rl" / args.task
     if algo == "sacfd" and not counters["iteration"] and (lacking := args.sacfd.demos - len(attempts(folder))) > 0:
         first = max(attempts(folder), default=-1) + 1
-        made, attempted, decisions = record_successes(args, domain, vla, folder, first, lacking, noise=0.0)
+        made, attempted, decisions = record_successes(args, domain, vla, folder, first, lacking, None)
         print(f"demonstrations: {made} zero-shot successes of {attempted} attempts, {decisions} decisions, in {folder}")
         counters["env_steps"] += decisions
     if not counters["finished"]:
@@ -361,12 +361,19 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
 
 def record_successes(args, domain, vla, folder, first, successes, noise):
     """Record `successes` episodes of the policy into `folder`; gives up after four times as many attempts. Returns
-    (made, attempted, decisions). Attempt k is decided by its seed, so an interrupted recording can make it again."""
+    (made, attempted, decisions). Attempt k is decided by its seed, so an interrupted recording can make it again.
+    noise: deviation of that on what is executed; None: explore as SACfD does, and label with what was executed.
+    """
     name, made, attempted, decisions = domain.__name__.split(".")[-1], 0, 0, 0
 
     def act(h, mask, ids):
         """The mean as label, and executed with noise on all but the gripper, as the expert does (stage0_sft.py)."""
         label = vla.act(h, mask)
+        if noise is None:
+            drawn = np.stack([np.random.default_rng(i[1:]).normal(size=label.shape[1]) for i in ids])
+            drawn = torch.as_tensor(drawn, dtype=label.dtype, device=label.device)
+            executed = squashed(vla.mean(h, mask), vla.log_std, drawn)[0].clamp(-1, 1)
+            return executed, executed
         shaken = np.stack([np.random.default_rng(i[1:]).normal(0, noise, label.shape[1]) for i in ids])
         shaken[:, -1] = 0
         return label + torch.as_tensor(shaken, dtype=label.dtype, device=label.device), label
