@@ -151,20 +151,21 @@ def command(parent, out, *more):
 
 def test_sacfd_solves_a_problem_with_known_optimum(project, weak):
     """From a policy that succeeds half the time to always; the VLM stays bit-identical, the head's outputs within the
-    actions, and the demonstrations are zero-shot successes."""
-    before, out = files(weak), project.folder / "runs/sac/1-rl-blue"
+    actions, and the demonstrations are zero-shot successes of the exploring policy."""
+    before, out, zero_shot = files(weak), project.folder / "runs/sac/1-rl-blue", project.folder / "weak.json"
+    project.must("python", "evaluate.py", "--checkpoint", weak, "--tasks", "blue", "--out", zero_shot, "--envs", "4")
+    assert 0.1 < np.mean(json.loads(zero_shot.read_text())["tasks"]["blue"]["success"]) < 0.8
     project.must(*command(weak, out, "--env-steps", "800"))
     assert files(weak) == before
     tasks = json.loads((out / "eval.json").read_text())["tasks"]
     assert np.mean(tasks["blue"]["success"]) > 0.9
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert log[0]["success"] < 0.8
     old, new = (load_file(f / "vlm/model.safetensors") for f in (weak, out))
     assert all(torch.equal(old[k], new[k]) for k in old)
     folder, start, after = out.parent / "D_rl/blue", VLA.load(weak), VLA.load(out)
     demo, header = open_episode(folder / f"{attempts(folder)[0]:06d}.safetensors")
     h, mask = start.encode(demo.get_tensor("image"), [header["instruction"]] * len(demo.get_tensor("reward")))
-    np.testing.assert_allclose(start.act(h, mask).detach(), demo.get_tensor("action"), atol=0.05)
+    apart = (start.act(h, mask).detach() - demo.get_tensor("action")).abs()
+    assert 0.01 < apart.mean() < 0.15 and apart.max() < 0.6  # explored with a deviation of 0.1
     assert after.mean(h, mask).abs().max() < 1.5
 
 
