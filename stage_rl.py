@@ -18,6 +18,7 @@ Where the paper is silent or this differs from it:
 4) The head kept is the one with the best success over 100 training episodes, not the last one.
 5) D_rl: 50 successes of that head, after training, from initial states of their own. They are made as D_e is: executed
    with noise, labelled with the head's mean (results/experiments.md has the comparison with the executed action).
+   SACfD's demonstrations lie there too, labelled with what was executed.
 
 python stage_rl.py --task TASK --parent runs/NAME-seed0/0-sft --out runs/NAME-seed0/1-rl-TASK
 """
@@ -367,16 +368,16 @@ def record_successes(args, domain, vla, folder, first, successes, noise):
     name, made, attempted, decisions = domain.__name__.split(".")[-1], 0, 0, 0
 
     def act(h, mask, ids):
-        """The mean as label, and executed with noise on all but the gripper, as the expert does (stage0_sft.py)."""
+        """What to execute and its label; for D_rl the mean is the label, and all but the gripper of what is executed is
+        shaken, as the expert is (stage0_sft.py)."""
         label = vla.act(h, mask)
+        drawn = np.stack([np.random.default_rng(i[1:]).normal(size=label.shape[1]) for i in ids])
+        drawn = torch.as_tensor(drawn, dtype=label.dtype, device=label.device)  # (B, A)
         if noise is None:
-            drawn = np.stack([np.random.default_rng(i[1:]).normal(size=label.shape[1]) for i in ids])
-            drawn = torch.as_tensor(drawn, dtype=label.dtype, device=label.device)
-            executed = squashed(vla.mean(h, mask), vla.log_std, drawn)[0].clamp(-1, 1)
+            executed = squashed(vla.mean(h, mask), vla.log_std, drawn)[0]
             return executed, executed
-        shaken = np.stack([np.random.default_rng(i[1:]).normal(0, noise, label.shape[1]) for i in ids])
-        shaken[:, -1] = 0
-        return label + torch.as_tensor(shaken, dtype=label.dtype, device=label.device), label
+        drawn[:, -1] = 0
+        return label + noise * drawn, label
 
     while attempted < 4 * successes:
         folder.mkdir(parents=True, exist_ok=True)  # also where nothing succeeds: a run has always the same folders
