@@ -112,6 +112,7 @@ class Picture:
         self.free = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten
         self.free.atexit = False
         _opened.append(self.free)
+        _free_at_exit()
 
     def close(self):
         if self.free is not None:
@@ -150,8 +151,14 @@ class Picture:
         return image
 
 
-_opened = []  # what frees contexts; at exit all are called, before MuJoCo ends EGL, for that would make them fail
-atexit.register(lambda: [free() for free in _opened])
+_opened = []  # what frees contexts
+
+
+@functools.cache
+def _free_at_exit():
+    """Frees at exit what is still open, before MuJoCo ends EGL, for that would make it fail: registered after the first
+    context, with which MuJoCo registers its end, this runs before it."""
+    atexit.register(lambda: [free() for free in _opened])
 
 
 def _free(gl, context):

@@ -716,7 +716,8 @@ def expert(env):
     """The scripted demonstrator in the environment's present state: (7,) float32 in [-1, 1], without noise.
 
     The fingers come down on both sides of the object through a funnel: as long as they are aside or turned away they
-    stay above. Where they should be, they close; closed on something, they lift.
+    stay above. They begin to close 25 mm above where they should be, still on their way down; closed on something, they
+    lift. (Were they to stop first, a policy that cannot see the last millimetres would stop there for ever.)
     """
     from scipy.spatial.transform import Rotation
 
@@ -735,8 +736,8 @@ def expert(env):
     width = 0.08 * env.opening
     if 0.008 < width < 0.072 and np.linalg.norm(off) < 0.035:  # something between the fingers
         way, turn, grip = np.array([0, 0, 0.06]), 0 * turn, -1.0
-    elif aside < 0.014 and abs(off[2]) < 0.012:
-        way, grip = -0.5 * off, -1.0
+    elif aside < 0.014 and abs(off[2]) < 0.025:
+        way, grip = -off, -1.0
     else:
         above = min(0.08, 4 * max(0.0, aside - 0.012) + 0.15 * max(0.0, tilted - 0.15))
         way, grip = [0, 0, above] - off, 1.0
