@@ -14,7 +14,7 @@ from evaluate import all_tasks, evaluate
 from model import VLA, load_domain
 
 FRESH = """
-import hashlib, importlib, sys
+import hashlib, importlib, sys, torch
 import numpy as np
 domain = importlib.import_module(f"domains.{sys.argv[1]}")
 env = domain.make(sys.argv[2], 64)
@@ -30,9 +30,12 @@ for seed in map(int, sys.argv[3:]):
 
 
 def fresh(domain, task, *seeds):
-    """A digest of what an environment of the task shows and does from each seed, in a process of its own."""
+    """A digest of what an environment of the task shows and does from each seed, in a process of its own, which leaves
+    the environment open and must end without complaint."""
     command = [sys.executable, "-c", FRESH, domain, task, *map(str, seeds)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran.stdout.splitlines()
 
 
 def close_to(a, b):
