@@ -47,6 +47,7 @@ from scipy.spatial.transform import Rotation
 from data import EVAL_SEED, ONLINE_SEED, attempts, write_episode
 from evaluate import wilson
 from model import VLA, load_domain
+from sacfd import squashed
 
 PERIOD = 0.1  # s
 DOWN = Rotation.from_quat([1, 0, 0, 0])  # x y z w: the hand pointing down, its x axis along the base's
@@ -800,24 +801,28 @@ def convention(gripper_pos):
     return ["serl", "hil-serl", "robotiq"] if gripper_pos < 0.1 else ["hil-serl"]
 
 
-def play(env, vla, instruction, seed):
-    """One episode of the greedy policy, a person taking over at will: (what data.write_episode wants, success, fault).
-    What is stored is what was executed."""
+def play(env, vla, instruction, seed, std=0.0):
+    """One episode of the policy, a person taking over at will: (what data.write_episode wants, success, fault). std: of
+    SACfD's exploration; 0: greedy. What is stored is what was executed."""
     obs, _ = env.reset(seed=seed)
+    rng = np.random.default_rng(seed)
     images, actions, rewards, over = [], [], [], False
     while not over:
         with torch.no_grad():
             h, mask = vla.encode(obs[None], [instruction])
-            action = vla.act(h.float(), mask)[0].clamp(-1, 1).cpu().numpy()
+            action = vla.act(h.float(), mask).cpu()  # (1, A)
+            if std:
+                noise = torch.from_numpy(rng.normal(size=action.shape)).float()
+                action = squashed(action, torch.tensor(std).log(), noise)[0]
         images.append(obs)
-        obs, reward, success, cut, info = env.step(action)
+        obs, reward, success, cut, info = env.step(action[0].clamp(-1, 1).numpy())
         actions.append(info["executed"])
         rewards.append(reward)
         over = success or cut
     return {"image": images, "action": actions, "reward": rewards}, success, info.get("fault")
 
 
-def rollouts(checkpoint, task, frames, seeds):
+def rollouts(checkpoint, task, frames, seeds, std=0.0):
     """Plays one episode for each seed: yields (seed, episode, success), or (seed, None, False) where a Fault ended it.
 
     frames: a folder to sort the episodes' last pictures into, for training a classifier; or nothing.
@@ -828,7 +833,7 @@ def rollouts(checkpoint, task, frames, seeds):
     env = domain.make(task, vla.config["image_size"])
     try:
         for seed in seeds:
-            episode, success, fault = play(env, vla, domain.INSTRUCTIONS[task], seed)
+            episode, success, fault = play(env, vla, domain.INSTRUCTIONS[task], seed, std)
             if fault:
                 print(f"  {seed}: discarded: {fault}", flush=True)
                 yield seed, None, False
@@ -847,7 +852,7 @@ def rollouts(checkpoint, task, frames, seeds):
         env.close()
 
 
-def collect(checkpoint: str, task: str, out: str, successes: int = 20, frames: str = ""):
+def collect(checkpoint: str, task: str, out: str, successes: int = 20, frames: str = "", std: float = 0.0):
     """Play the zero-shot policy until it has succeeded 20 times, and keep those episodes.
 
     Args:
@@ -856,13 +861,15 @@ def collect(checkpoint: str, task: str, out: str, successes: int = 20, frames: s
         out: the episodes' folder, e.g. runs/panda/D_rl/pick-eggplant; what it holds already counts.
         successes: successful episodes wanted.
         frames: also sort each episode's last picture into this folder, for the classifier.
+        std: deviation of the exploration, in units of the action range; 0: greedy. A policy that hesitates stands still
+            for ever unless it explores; in simulation SACfD's attempts take 0.25.
     """
     domain, out = load_domain("panda"), Path(out)
     first = max(attempts(out), default=-1) + 1
     have, seeds = len(attempts(out)), range(ONLINE_SEED + first, ONLINE_SEED + first + 20 * successes)
     if have >= successes:
         return print(f"{out} holds {have} successes already")
-    for seed, episode, success in rollouts(checkpoint, task, frames, seeds):
+    for seed, episode, success in rollouts(checkpoint, task, frames, seeds, std):
         if success:
             write_episode(
                 out / f"{seed - ONLINE_SEED:06d}.safetensors", **episode, domain="panda", task=task,

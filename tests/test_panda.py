@@ -421,7 +421,7 @@ def test_collecting_survives_faults_and_restarts(robot, tmp_path, monkeypatch):
             return torch.from_numpy(panda.expert(made[-1]))[None]
 
     monkeypatch.setattr(real_robot, "VLA", Expert)
-    collect = lambda: real_robot.collect("none", "pick-carrot", str(tmp_path), successes=3)  # noqa: E731
+    collect = lambda: real_robot.collect("none", "pick-carrot", str(tmp_path), successes=3, std=0.1)  # noqa: E731
     faults = ["nan", "user_stop"]  # the first is over by itself, the second waits for a person
     assert "does not follow" in refused(collect)
     assert attempts(tmp_path) == []
@@ -437,7 +437,8 @@ def test_collecting_survives_faults_and_restarts(robot, tmp_path, monkeypatch):
         handle, header = open_episode(path)
         assert (header["domain"], header["task"], header["success"]) == ("panda", "pick-carrot", "1")
         assert handle.get_slice("image").get_shape()[1:] == [64, 64, 3] and handle.get_tensor("reward")[-1] == 1
-        assert handle.get_tensor("action").shape[1] == 7
+        action = handle.get_tensor("action")
+        assert action.shape[1] == 7 and 0 < (np.abs(action[:, 6]) < 0.999).mean() < 1  # explored, and executed so
     before = sorted(p.stat().st_mtime_ns for p in tmp_path.iterdir())
     collect()
     assert sorted(p.stat().st_mtime_ns for p in tmp_path.iterdir()) == before
