@@ -17,7 +17,7 @@ The paper names SACfD and says half and half, 20 demonstrations, an hour a task;
 1) One deviation for each action dimension, as PPO's, not one for each state.
 2) The actor rests until `warmup` decisions, those of the zero-shot attempts among them, have been made.
 3) The zero-shot attempts explore as the actor does: a greedy policy that hesitates stands still for ever
-   (results/experiments.md). `real_robot.py collect` plays greedily: an operator is there to take over.
+   (results/experiments.md). `real_robot.py collect` is greedy unless `--std` is given: an operator can take over.
 4) An episode that a fault ended (info["fault"]) stays in the file and is never drawn; a person's action
    (info["executed"]) is stored as the action.
 """

@@ -170,9 +170,8 @@ def main():
         if args.full:
             cached.cache(vla)
         ours, theirs = our_turn(vla, cached, args), their_turn(vla, data, args, f"{folder}/trainer")
-        sides = {"ours": (ours, own), "theirs": (theirs, "sdpa"), "theirs, plain attention": (theirs, "eager")}
-        if args.full:
-            del sides["theirs, plain attention"]
+        attentions = {"fused": "sdpa"} if args.full else {"fused": "sdpa", "plain": "eager"}
+        sides = {"ours": (ours, own), **{name: (theirs, attention) for name, attention in attentions.items()}}
         seconds = {side: [] for side in sides}
         for _ in range(args.rounds + 1):
             for side, (turn, attention) in sides.items():
@@ -180,10 +179,9 @@ def main():
                 seconds[side].append(np.median(turn()))
     rate = {side: args.batch / float(np.median(times[1:])) for side, times in seconds.items()}
     size = "blip2-opt-2.7b's size, ours with --cache" if args.full else "1.2 M weights"
-    for side in [side for side in sides if side != "ours"]:
-        name = "fused attention" if side == "theirs" else "plain attention"
-        what = f"SFT, samples/s ({size}, {dtype}, batch {args.batch}; theirs with {name})"
-        keep("sft", {what: row(rate["ours"], rate[side], rate["ours"] / rate[side])})
+    for name in attentions:
+        what = f"SFT, samples/s ({size}, {dtype}, batch {args.batch}; theirs with {name} attention)"
+        keep("sft", {what: row(rate["ours"], rate[name], rate["ours"] / rate[name])})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ and was tested on other objects. Sizes, places, cameras and horizon it does not 
   low lies there it must have seen on blocks before a head can learn to take it.
 - The RL objects are harder than blocks: the eggplant is thicker than any (the open fingers leave it 6 mm on each
   side), the carrot round and thinner at one end. It is short, for on things longer than any block the tiny VLM's policy
-  never closes the fingers (results/experiments.md), and RL needs a success to start from.
+  hardly ever closes the fingers (results/experiments.md), and RL needs a success to start from.
 - The policy sees one picture: the front camera's view above the wrist camera's, 64 x 32 pixels each.
 - The expert is a function of the present state alone: a policy that sees one picture cannot imitate a memory.
 """
