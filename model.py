@@ -135,6 +135,7 @@ class VLA(nn.Module):
         self.register_buffer("image_mean", torch.tensor(image_processor.image_mean).view(1, 3, 1, 1))
         self.register_buffer("image_std", torch.tensor(image_processor.image_std).view(1, 3, 1, 1))
         self._token_cache = {}
+        self.forwards = 0  # images that the language model has seen
 
     # --- theta and phi
 
@@ -224,7 +225,7 @@ class VLA(nn.Module):
     def language(self, q, instructions):
         """The language model on image tokens q (B, Q, D) and B sentences -> latents (B, M, D), mask (B, M)."""
         # fmt: off
-        blip = self.blip
+        blip, self.forwards = self.blip, self.forwards + len(q)
         ids, text_mask = self.tokenize(instructions)                                   # (B, L)
         with self.autocast():
             e = blip.get_input_embeddings()(ids)                                       # (B, L, D)

@@ -270,6 +270,7 @@ def story(args):
         args.vlm = read_json(Path(args.run) / "0-sft/config.json")["vlm"]
     given = ["--parent", "", "--out", "", "--domain", args.domain]
     stage0 = tyro.cli(stage0_sft.Args, args=[*given[2:], "--vlm", args.vlm, *shlex.split(args.stage0)])
+    stage0.demos = domain.DEMOS if stage0.demos is None else stage0.demos
     stage0.dtype = stage0.dtype or pick_dtype(train_whole=args.vlm == "tiny")
     rl = tyro.cli(stage_rl.Args, args=["--task", domain.RL_TASKS[0], *given, *shlex.split(args.rl)])
     sft = tyro.cli(stage_sft.Args, args=[*given, *shlex.split(args.sft)])

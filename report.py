@@ -48,10 +48,12 @@ def report(args):
     if not stages:
         raise Refusal(f"{args.run} has no finished stage: run loop.sh first, or give another --run")
     domain = load_domain(args.domain or read_json(stages[0] / "config.json")["domain"])
-    rows, protocol, seconds, env_steps = [], None, 0.0, 0
+    rows, protocol, cost = [], None, {}
     for stage in stages:
         done = read_json(stage / "summary.json")
-        seconds, env_steps = seconds + done["seconds"], env_steps + done["env_steps"]
+        for what in ("seconds", "env_steps", "vlm_forwards"):
+            cost[what] = cost.get(what, 0) + (done.get(what) or 0)
+        cost["peak_gb"] = max(cost.get("peak_gb", 0), done.get("peak_gb") or 0)
         if not (stage / "eval.json").exists():
             continue  # it has no row; its cost goes into the next one
         evaluated = read_json(stage / "eval.json")
@@ -63,12 +65,12 @@ def report(args):
             "episodes": sum(len(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
         }
         rows.append({
-            "name": stage.name, "seconds": round(seconds, 1), "env_steps": env_steps,
+            "name": stage.name, **cost, "seconds": round(cost["seconds"], 1),
             "splits": {split: count(names) for split, names in splits(domain).items()},
             "tasks": {t: count([t]) for names in splits(domain).values() for t in names},
             "outcomes": {t: "".join(map(str, evaluated["tasks"][t]["success"])) for t in all_tasks(domain)},
         })  # fmt: skip
-        seconds, env_steps = 0.0, 0
+        cost = {}
     return {
         "domain": domain.__name__.split(".")[-1], "method": args.method, "seed": args.seed, "vlm": args.vlm,
         "versions": versions(), "protocol": protocol, "stages": rows,
@@ -199,15 +201,19 @@ def table(folders):
 
     lines = [f"# {reports[0]['domain']}, VLM {reports[0]['vlm']}: methods side by side", ""]
     lines += ["Successes of all seeds' episodes together, 95 % Wilson interval, and the least and best seed.", ""]
-    lines += [f"| method (seeds) | {' | '.join(columns)} | minutes | environment steps |"]
-    lines += ["| --- " * (len(columns) + 3) + "|"]
+    lines += ["Costs are a seed's mean, without evaluations; a VLM forward is an image through it; peak GB is the most"]
+    lines += ["memory that a stage's own process held, without its simulators.", ""]
+    lines += [f"| method (seeds) | {' | '.join(columns)} | minutes | environment steps | VLM forwards | peak GB |"]
+    lines += ["| --- " * (len(columns) + 5) + "|"]
     for method, seeds in rows.items():
         entries, first = list(seeds.values()), method.startswith("SFT")
         spent = [r["stages"][:1] if first else r["stages"] for r, _ in entries]
-        minutes = sum(s["seconds"] for stages in spent for s in stages) / 60 / len(spent)
-        steps = sum(s["env_steps"] for stages in spent for s in stages) / len(spent)
+        mean = lambda what: sum(s.get(what, 0) for stages in spent for s in stages) / len(spent)  # noqa: B023, E731
+        peak = max(s.get("peak_gb", 0) for stages in spent for s in stages)
+        costs = f"{mean('seconds') / 60:.0f} | {mean('env_steps'):,.0f}"
+        costs += f" | {mean('vlm_forwards'):,.0f} | {peak:.1f} |" if peak else " | not counted | |"
         cells = " | ".join(cell(entries, names) for names in columns.values())
-        lines += [f"| {method} ({', '.join(map(str, seeds))}) | {cells} | {minutes:.0f} | {steps:,.0f} |"]
+        lines += [f"| {method} ({', '.join(map(str, seeds))}) | {cells} | {costs}"]
 
     lines += [
         "",

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import sys
 import time
 from dataclasses import asdict
@@ -197,7 +198,7 @@ class Stage:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(record, {"args": args, "versions": versions()})
         self.writer, self.saved_at, self.began = None, time.time(), time.time()
-        self.seconds = 0.0  # of earlier sittings
+        self.seconds, self.peak = 0.0, 0.0  # of earlier sittings
 
     # --- state
 
@@ -212,7 +213,7 @@ class Stage:
         tensors, meta = read_tensors(path)
         together()  # before rank 0 may write another
         counters = json.loads(meta["counters"])
-        self.seconds = counters.pop("seconds")
+        self.seconds, self.peak = counters.pop("seconds"), counters.pop("peak_gb", 0.0)
         length = counters.pop("log_bytes")
         if log.exists() and self.writes:
             os.truncate(log, length)
@@ -221,7 +222,8 @@ class Stage:
     def save(self, tensors, counters):
         """Save the state to go on from: {name: tensor} and a dict of plain values."""
         log = self.folder / "log.jsonl"
-        counters = {**counters, "seconds": self.elapsed(), "log_bytes": log.stat().st_size if log.exists() else 0}
+        counters = {**counters, "seconds": self.elapsed(), "peak_gb": self.peak_gb()}
+        counters["log_bytes"] = log.stat().st_size if log.exists() else 0
         with whole(self.folder / "state.safetensors") as tmp:
             save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {"counters": json.dumps(counters)})
         self.saved_at = time.time()
@@ -232,6 +234,13 @@ class Stage:
 
     def elapsed(self):
         return self.seconds + time.time() - self.began
+
+    def peak_gb(self):
+        """The most memory that this process has held, in GB: the GPU's where one is used, and its own; not that of the
+        simulators' processes."""
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        return round(max(self.peak, gpu / 1e9 or own / 1e9), 2)
 
     # --- log
 
@@ -251,7 +260,8 @@ class Stage:
         """Write summary.json, give the folder its final name, and drop the state."""
         if self.writer is not None:
             self.writer.close()
-        write_json(self.folder / "summary.json", {"seconds": round(self.elapsed(), 1), **summary})
+        cost = {"seconds": round(self.elapsed(), 1), "peak_gb": self.peak_gb()}
+        write_json(self.folder / "summary.json", {**cost, **summary})
         flush_folder(self.folder)
         os.replace(self.folder, self.out)
         flush_folder(self.out.parent)

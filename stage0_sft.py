@@ -59,7 +59,7 @@ class Args:
     out: str  # the checkpoint to write, e.g. runs/<name>/0-sft
     data: str = "runs/D_e"  # expert episodes: <data>/<domain>/<task>/, shared by all runs
     vlm: str = "tiny"  # tiny, a local BLIP-2 folder, or a hub name such as Salesforce/blip2-opt-2.7b
-    demos: int = 50  # successful expert episodes of each task
+    demos: int | None = None  # successful expert episodes of each task; None: the domain's DEMOS
     noise: float | None = None  # deviation of the noise on what the expert does; None: the domain's NOISE
     kicks: float | None = None  # chance of each decision to begin 2 to 5 random ones; None: the domain's KICKS
     image_size: int = 64  # pixels of the square camera image, in D_e and everywhere after it
@@ -126,23 +126,24 @@ def collect(args, domain, root):
 
     An interrupted collection goes on: an attempt is decided by its seed alone, so it may be made again.
     """
+    demos = domain.DEMOS if args.demos is None else args.demos
     tried = dict.fromkeys(domain.EXPERT_TASKS, 0)
     have = {task: len(attempts(root / task)) for task in tried}
-    if all(n >= args.demos for n in have.values()):
+    if all(n >= demos for n in have.values()):
         return
     noise = domain.NOISE if args.noise is None else args.noise
     kicks = domain.KICKS if args.kicks is None else args.kicks
-    total, made = args.demos * len(tried), sum(have.values())
+    total, made = demos * len(tried), sum(have.values())
     with (
         tqdm(desc="D_e: expert episodes", total=total, initial=made, smoothing=0.05) as bar,
         mp.get_context("forkserver").Pool(args.threads, ignore_interrupt) as pool,
     ):
-        while lacking := [task for task in tried if have[task] < args.demos]:
+        while lacking := [task for task in tried if have[task] < demos]:
             jobs = []
             for task in lacking:
                 done = set(attempts(root / task))
-                until = max(args.demos, tried[task] + args.demos - have[task])
-                if until > 10 * args.demos:
+                until = max(demos, tried[task] + demos - have[task])
+                if until > 10 * demos:
                     raise Refusal(f"the expert of {task} succeeds too rarely ({have[task]} of {tried[task]}): mend it")
                 jobs += [
                     (args.domain, task, args.image_size, noise, kicks, root / task, k)
@@ -319,7 +320,7 @@ def story(args):
     if rank:
         return
     vla.save(stage.folder, args=stage.decides, instructions=sentences)
-    stage.finish(env_steps=0, frames=len(data))
+    stage.finish(env_steps=0, frames=len(data), vlm_forwards=steps * args.batch)
     torch.set_num_threads(1)
     evaluate_stage(out, domain, args.episodes, device, vla=vla)
 

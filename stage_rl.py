@@ -182,6 +182,7 @@ def story(args):
     tensors, counters = stage.load()
     counters = counters or {"iteration": 0, "env_steps": 0, "finished": False, "best": -1.0, "recent": []}
     best = {name: p.detach().clone() for name, p in learned.items()}
+    vla.forwards = counters.get("forwards", 0)
     if tensors:
         for name, p in learned.items():
             p.data.copy_(tensors[f"vla.{name}"])
@@ -193,7 +194,7 @@ def story(args):
         state = {f"vla.{name}": p.data for name, p in learned.items()}
         state |= {f"best.{name}": p for name, p in best.items()}
         state |= {f"critic.{name}": p for name, p in critic.state_dict().items()}
-        stage.save(state | optimizer_tensors(optimizer), {**counters, "recent": list(recent)})
+        stage.save(state | optimizer_tensors(optimizer), {**counters, "recent": list(recent), "forwards": vla.forwards})
 
     recent = deque(counters["recent"], maxlen=100)  # the last training episodes: 1 success, 0 time-out
 
@@ -233,7 +234,7 @@ def story(args):
     vla.save(stage.folder, parent=args.parent, args=stage.decides)
     stage.finish(
         env_steps=counters["env_steps"], best=counters["best"], successes=made, task=args.task,
-        updates_share=counters.get("updates_share"),
+        updates_share=counters.get("updates_share"), vlm_forwards=vla.forwards,
     )  # fmt: skip
     evaluate_stage(out, domain, args.episodes, device, args.envs, vla)
 

@@ -154,7 +154,7 @@ def story(args):
     if rank:
         return
     vla.save(stage.folder, parent=args.parent, args=stage.decides)
-    stage.finish(env_steps=0, frames=len(data))
+    stage.finish(env_steps=0, frames=len(data), vlm_forwards=args.steps * args.batch)
     torch.set_num_threads(1)
     evaluate_stage(out, domain, args.episodes, device, vla=vla)
 

@@ -8,6 +8,7 @@ A domain module offers
     ALGO                                   "ppo" or "sacfd": how stage 1 learns here unless it is told
     NOISE, KICKS                           how demonstrations are disturbed (stage0_sft.py)
     VIEWS                                  how many views, of one size, lie one above the other in a picture
+    DEMOS                                  how many episodes of each expert task stage 0 records unless it is told
     STEPS                                  how long stage 0 trains unless it is told
     PROTOCOL                               dict, JSON-able: what must agree before two success rates may be compared
     make(task, image_size)                 -> gymnasium.Env: observation (H, W, 3) uint8, action Box(-1, 1, (A,))

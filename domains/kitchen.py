@@ -38,6 +38,7 @@ NEAR = 0.3  # m, the same camera's distance when it looks at the hand
 NOISE, KICKS = 0.1, 0.06  # of the demonstrations, see stage0_sft.py
 VIEWS = 2  # in a picture
 STEPS = 4000  # of stage 0's optimizer
+DEMOS = 50  # successful expert episodes of each task
 PROTOCOL = {"horizon": HORIZON, "action_repeat": ACTION_REPEAT, "camera": CAMERA, "near": NEAR,
             "drawing": "no shadows, arm as hulls, 12 slices, 2 x 2 pixels averaged"}  # fmt: skip
 PROTOCOL |= {package: version(package) for package in ("gymnasium-robotics", "mujoco")}

@@ -51,6 +51,7 @@ ALGO = "sacfd"  # of stage 1
 NOISE, KICKS = 0.2, 0.06  # of the demonstrations, see stage0_sft.py
 VIEWS = 2  # in a picture
 STEPS = 2500  # of stage 0's optimizer
+DEMOS = 50  # successful expert episodes of each task
 PERIOD = 0.1  # s, a decision
 LIFT = 0.07  # m that the object has to rise
 PLACES = ((0.42, 0.56), (-0.11, 0.11))  # m, where objects lie, x from the robot and y to its left

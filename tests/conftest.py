@@ -32,7 +32,7 @@ EXPERT_TASKS, RL_TASKS, UNSEEN_TASKS = ["red", "green"], ["blue"], ["grey"]
 CHANNELS = {"red": [0], "green": [1], "blue": [2], "grey": [0, 1, 2]}
 PROTOCOL = {"horizon": 8}
 ALGO, VIEWS = "ppo", 1
-NOISE, KICKS, STEPS = 0.2, 0.05, 100
+NOISE, KICKS, STEPS, DEMOS = 0.2, 0.05, 100, 50
 
 
 class Toy(gym.Env):

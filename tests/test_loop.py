@@ -70,6 +70,8 @@ def test_a_stage_without_evaluation_has_no_row_but_costs(undisturbed, tmp_path):
     assert (first, last["name"], last["splits"]) == (before[0], "1-sft", before[2]["splits"])
     assert last["env_steps"] == before[1]["env_steps"] > 0
     assert last["seconds"] == pytest.approx(before[1]["seconds"] + before[2]["seconds"], abs=0.2)
+    assert last["vlm_forwards"] == before[1]["vlm_forwards"] + before[2]["vlm_forwards"]
+    assert before[1]["vlm_forwards"] > before[1]["env_steps"] and last["peak_gb"] > 0.1
 
 
 def test_other_arguments_are_refused(undisturbed):
