@@ -225,7 +225,8 @@ class VLA(nn.Module):
     def language(self, q, instructions):
         """The language model on image tokens q (B, Q, D) and B sentences -> latents (B, M, D), mask (B, M)."""
         # fmt: off
-        blip, self.forwards = self.blip, self.forwards + len(q)
+        self.forwards += len(q)
+        blip = self.blip
         ids, text_mask = self.tokenize(instructions)                                   # (B, L)
         with self.autocast():
             e = blip.get_input_embeddings()(ids)                                       # (B, L, D)
@@ -342,12 +343,12 @@ class VLA(nn.Module):
         return vla.to(device)
 
 
-def cast_once(vlm):
+def cast_once(vlm, once=True):
     """PEFT casts what enters LoRA to its float32, and autocast casts that back. Without, an SFT step takes 1 to 2 %
-    less at the paper's size, and its gradients are the same, bit for bit."""
+    less at the paper's size, and its gradients are the same, bit for bit. once=False: as PEFT has it."""
     for layer in vlm.modules():
         if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
+            layer.cast_input_dtype_enabled = not once
     return vlm
 
 

@@ -23,6 +23,9 @@ from scipy.stats import binomtest
 from evaluate import all_tasks, splits, wilson
 from model import load_domain, on_hub
 
+# Of a row's stages together. A stage of an earlier version may lack one; then the row has no such number.
+COSTS = {"seconds": sum, "env_steps": sum, "vlm_forwards": sum, "peak_gb": max}
+
 
 @dataclass
 class Args:
@@ -48,12 +51,9 @@ def report(args):
     if not stages:
         raise Refusal(f"{args.run} has no finished stage: run loop.sh first, or give another --run")
     domain = load_domain(args.domain or read_json(stages[0] / "config.json")["domain"])
-    rows, protocol, cost = [], None, {}
+    rows, protocol, spent = [], None, []
     for stage in stages:
-        done = read_json(stage / "summary.json")
-        for what in ("seconds", "env_steps", "vlm_forwards"):
-            cost[what] = cost.get(what, 0) + (done.get(what) or 0)
-        cost["peak_gb"] = max(cost.get("peak_gb", 0), done.get("peak_gb") or 0)
+        spent.append(read_json(stage / "summary.json"))
         if not (stage / "eval.json").exists():
             continue  # it has no row; its cost goes into the next one
         evaluated = read_json(stage / "eval.json")
@@ -64,13 +64,16 @@ def report(args):
             "successes": sum(sum(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
             "episodes": sum(len(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
         }
+        cost = {k: f(s[k] for s in spent) for k, f in COSTS.items() if all(k in s for s in spent)}
         rows.append({
             "name": stage.name, **cost, "seconds": round(cost["seconds"], 1),
             "splits": {split: count(names) for split, names in splits(domain).items()},
             "tasks": {t: count([t]) for names in splits(domain).values() for t in names},
             "outcomes": {t: "".join(map(str, evaluated["tasks"][t]["success"])) for t in all_tasks(domain)},
         })  # fmt: skip
-        cost = {}
+        spent = []
+    if not rows:
+        raise Refusal(f"no stage of {args.run} was evaluated: python evaluate.py --checkpoint {stages[-1]}, then again")
     return {
         "domain": domain.__name__.split(".")[-1], "method": args.method, "seed": args.seed, "vlm": args.vlm,
         "versions": versions(), "protocol": protocol, "stages": rows,
@@ -207,11 +210,13 @@ def table(folders):
     lines += ["| --- " * (len(columns) + 5) + "|"]
     for method, seeds in rows.items():
         entries, first = list(seeds.values()), method.startswith("SFT")
-        spent = [r["stages"][:1] if first else r["stages"] for r, _ in entries]
-        mean = lambda what: sum(s.get(what, 0) for stages in spent for s in stages) / len(spent)  # noqa: B023, E731
-        peak = max(s.get("peak_gb", 0) for stages in spent for s in stages)
+        spent = [s for r, _ in entries for s in (r["stages"][:1] if first else r["stages"])]
+        mean = lambda what: sum(s[what] for s in spent) / len(entries)  # noqa: B023, E731
         costs = f"{mean('seconds') / 60:.0f} | {mean('env_steps'):,.0f}"
-        costs += f" | {mean('vlm_forwards'):,.0f} | {peak:.1f} |" if peak else " | not counted | |"
+        if all("vlm_forwards" in s for s in spent):  # peak_gb came with it
+            costs += f" | {mean('vlm_forwards'):,.0f} | {max(s['peak_gb'] for s in spent):.1f} |"
+        else:
+            costs += " | not counted | |"
         cells = " | ".join(cell(entries, names) for names in columns.values())
         lines += [f"| {method} ({', '.join(map(str, seeds))}) | {cells} | {costs}"]
 
@@ -282,10 +287,9 @@ def story(args):
         tmp.write_text(text)
     with whole(folder / "report.png") as tmp:
         picture(r, domain, tmp)
-    if r["stages"]:
-        last = folder / r["stages"][-1]["name"]
-        with whole(last / "README.md") as tmp:
-            tmp.write_text(model_card(last, text))
+    last = folder / r["stages"][-1]["name"]
+    with whole(last / "README.md") as tmp:
+        tmp.write_text(model_card(last, text))
     for line in text.splitlines()[4:]:
         if not line:
             break

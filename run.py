@@ -236,8 +236,8 @@ class Stage:
         return self.seconds + time.time() - self.began
 
     def peak_gb(self):
-        """The most memory that this process has held, in GB: the GPU's where one is used, and its own; not that of the
-        simulators' processes."""
+        """The most memory that this process has held, in GB: the GPU's where it uses one, else its own; that of the
+        simulators' processes does not count."""
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return round(max(self.peak, gpu / 1e9 or own / 1e9), 2)

@@ -24,14 +24,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
 from test_full_size import build  # noqa: E402  writes blip2-opt-2.7b's configuration with random weights
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from benchmarks._turns import keep, row  # noqa: E402
 from data import Episodes, write_episode  # noqa: E402
 from domains import metaworld as domain  # noqa: E402
-from model import VLA, build_tiny, freeze, pick_dtype  # noqa: E402
+from model import VLA, build_tiny, cast_once, freeze, pick_dtype  # noqa: E402
 from stage0_sft import augment, draw_augmentation, sft_gradient  # noqa: E402
 
 TASK, SIZE, A = "drawer-open", 64, 4
@@ -174,12 +173,10 @@ def main():
         attentions = {"fused": "sdpa"} if args.full else {"fused": "sdpa", "plain": "eager"}
         sides = {"ours": (ours, own), **{name: (theirs, attention) for name, attention in attentions.items()}}
         seconds = {side: [] for side in sides}
-        adapted = [m for m in vla.vlm.modules() if isinstance(m, LoraLayer)]
         for _ in range(args.rounds + 1):
             for side, (turn, attention) in sides.items():
                 vla.blip.set_attn_implementation(attention)
-                for layer in adapted:  # PEFT's own way for theirs, see model.cast_once
-                    layer.cast_input_dtype_enabled = side != "ours"
+                cast_once(vla.vlm, side == "ours")
                 seconds[side].append(np.median(turn()))
     rate = {side: args.batch / float(np.median(times[1:])) for side, times in seconds.items()}
     size = "blip2-opt-2.7b's size, ours with --cache" if args.full else "1.2 M weights"

@@ -72,6 +72,15 @@ def test_a_stage_without_evaluation_has_no_row_but_costs(undisturbed, tmp_path):
     assert last["seconds"] == pytest.approx(before[1]["seconds"] + before[2]["seconds"], abs=0.2)
     assert last["vlm_forwards"] == before[1]["vlm_forwards"] + before[2]["vlm_forwards"]
     assert before[1]["vlm_forwards"] > before[1]["env_steps"] and last["peak_gb"] > 0.1
+    summary = run / "1-rl-blue/summary.json"  # of a version that did not count: then its row has no count either
+    summary.write_text(json.dumps({k: v for k, v in json.loads(summary.read_text()).items() if k != "vlm_forwards"}))
+    project.must("python", "report.py", "--run", run)
+    assert "vlm_forwards" not in json.loads((run / "report.json").read_text())["stages"][1]
+    assert "not counted" in project.must("python", "report.py", "--table", run, "--out", tmp_path)
+    for stage in ("0-sft", "1-sft"):
+        (run / stage / "eval.json").unlink()
+    code, _, err = project.run("python", "report.py", "--run", run)
+    assert code != 0 and "evaluate.py" in err and "Traceback" not in err
 
 
 def test_other_arguments_are_refused(undisturbed):
