@@ -213,7 +213,7 @@ def table(folders):
         spent = [s for r, _ in entries for s in (r["stages"][:1] if first else r["stages"])]
         mean = lambda what: sum(s[what] for s in spent) / len(entries)  # noqa: B023, E731
         costs = f"{mean('seconds') / 60:.0f} | {mean('env_steps'):,.0f}"
-        if all("vlm_forwards" in s for s in spent):  # peak_gb came with it
+        if all(COSTS.keys() <= s.keys() for s in spent):
             costs += f" | {mean('vlm_forwards'):,.0f} | {max(s['peak_gb'] for s in spent):.1f} |"
         else:
             costs += " | not counted | |"
