@@ -187,6 +187,8 @@ def table(folders):
     for r, folder in zip(reports, folders):
         if r["domain"] != reports[0]["domain"] or r["protocol"] != reports[0]["protocol"]:
             raise Refusal(f"{folder} has another domain or protocol than {folders[0]}: give those of one protocol")
+        if (last := r["stages"][-1]["name"]) != (other := reports[0]["stages"][-1]["name"]):
+            raise Refusal(f"{folder} ends with {last}, {folders[0]} with {other}: give runs of as many rounds")
     domain = load_domain(reports[0]["domain"])
     columns = {"expert": domain.EXPERT_TASKS, **{t: [t] for t in domain.RL_TASKS}}
     columns |= {"RL tasks": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
@@ -204,19 +206,17 @@ def table(folders):
 
     lines = [f"# {reports[0]['domain']}, VLM {reports[0]['vlm']}: methods side by side", ""]
     lines += ["Successes of all seeds' episodes together, 95 % Wilson interval, and the least and best seed.", ""]
-    lines += ["Costs are a seed's mean, without evaluations; a VLM forward is an image through it; peak GB is the most"]
-    lines += ["memory that a stage's own process held, without its simulators.", ""]
+    lines += ["Costs are the mean of the seeds that counted them, without evaluations; a VLM forward is an image"]
+    lines += ["through it; peak GB is the most memory that a stage's own process held, without its simulators.", ""]
     lines += [f"| method (seeds) | {' | '.join(columns)} | minutes | environment steps | VLM forwards | peak GB |"]
     lines += ["| --- " * (len(columns) + 5) + "|"]
     for method, seeds in rows.items():
         entries, first = list(seeds.values()), method.startswith("SFT")
-        spent = [s for r, _ in entries for s in (r["stages"][:1] if first else r["stages"])]
-        mean = lambda what: sum(s[what] for s in spent) / len(entries)  # noqa: B023, E731
-        costs = f"{mean('seconds') / 60:.0f} | {mean('env_steps'):,.0f}"
-        if all(COSTS.keys() <= s.keys() for s in spent):
-            costs += f" | {mean('vlm_forwards'):,.0f} | {max(s['peak_gb'] for s in spent):.1f} |"
-        else:
-            costs += " | not counted | |"
+        spent = [r["stages"][:1] if first else r["stages"] for r, _ in entries]  # each seed's stages
+        cost = {k: [f(s[k] for s in one) for one in spent if all(k in s for s in one)] for k, f in COSTS.items()}
+        mean = lambda k, per=1: f"{sum(cost[k]) / len(cost[k]) / per:,.0f}" if cost[k] else "not counted"  # noqa: B023, E731
+        costs = f"{mean('seconds', 60)} | {mean('env_steps')} | {mean('vlm_forwards')} | "
+        costs += f"{max(cost['peak_gb']):.1f} |" if cost["peak_gb"] else "not counted |"
         cells = " | ".join(cell(entries, names) for names in columns.values())
         lines += [f"| {method} ({', '.join(map(str, seeds))}) | {cells} | {costs}"]
 

@@ -2,19 +2,24 @@
 
 import functools
 import json
+import math
 import re
 import shlex
 import shutil
 import stat
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 import tyro
 from conftest import ROOT, Project, check_run, files
 from safetensors.torch import load_file
 
-from domains import metaworld
+from domains import kitchen, metaworld
+from evaluate import splits
+from report import table
+from run import Refusal, write_json
 
 
 def test_smoke_loop_on_metaworld(tmp_path):
@@ -81,6 +86,41 @@ def test_a_stage_without_evaluation_has_no_row_but_costs(undisturbed, tmp_path):
         (run / stage / "eval.json").unlink()
     code, _, err = project.run("python", "report.py", "--run", run)
     assert code != 0 and "evaluate.py" in err and "Traceback" not in err
+
+
+def test_the_table_counts_every_episode(tmp_path):
+    """report.py --table: seeds pooled, pairs seed by seed, costs of those that counted them, as counted here."""
+    rng, names = np.random.default_rng(0), [t for group in splits(kitchen).values() for t in group]
+    runs, won, folders = [("ire-vla", 0), ("ire-vla", 1), ("sft-only", 1)], {}, []
+    for m, seed in runs:
+        stages = []
+        for stage in ("0-sft", "2-sft"):
+            x = won[m, seed, stage] = {t: rng.integers(0, 2, 25) for t in names}
+            tasks = {t: {"successes": int(x[t].sum()), "episodes": 25} for t in names}
+            outcomes = {t: "".join(map(str, x[t])) for t in names}
+            stages.append({"name": stage, "tasks": tasks, "outcomes": outcomes, "seconds": 600.0 * (seed + 1)})
+            stages[-1] |= {"env_steps": 1000 * (seed + 1), "vlm_forwards": 5000, "peak_gb": 0.5 + seed}
+        if (m, seed) == ("ire-vla", 0):
+            del stages[1]["vlm_forwards"]
+        folders.append(tmp_path / f"{m}-{seed}")
+        write_json(folders[-1] / "report.json", {
+            "domain": "kitchen", "method": m, "seed": seed, "vlm": "tiny", "protocol": {}, "stages": stages,
+        })  # fmt: skip
+    text = table(folders)
+    rows = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in text.splitlines() if line[:2] == "| "}
+    both = [won["ire-vla", s, "2-sft"] for s in (0, 1)]
+    each = [np.mean([x[t] for t in kitchen.EXPERT_TASKS]) for x in both]
+    row = rows["| ire-vla (0, 1)"]
+    assert row[1].startswith(f"{np.mean(each):.2f} [") and row[1].endswith(f"{min(each):.2f} to {max(each):.2f}")
+    assert row[-4:] == ["30", "3,000", "10,000", "1.5"]
+    a, b = (np.concatenate([won[m, 1, "2-sft"][t] for t in kitchen.UNSEEN_TASKS]) for m in ("ire-vla", "sft-only"))
+    k, n = (a > b).sum(), (a != b).sum()
+    p = min(1, 2 * sum(math.comb(n, i) for i in range(min(k, n - k) + 1)) / 2**n)
+    assert f"| ire-vla against sft-only | unseen | {k} | {n - k} | {p:.2g} |" in text
+    shorter = json.loads((folders[2] / "report.json").read_text())
+    write_json(folders[2] / "report.json", shorter | {"stages": shorter["stages"][:1]})
+    with pytest.raises(Refusal, match="as many rounds"):
+        table(folders)
 
 
 def test_other_arguments_are_refused(undisturbed):
