@@ -170,13 +170,14 @@ class Stage:
     """One stage of a run, `runs/<name>/<stage>/`, resumable until it is finished.
 
     args: the stage's arguments, a dataclass with `out`, the final folder, and perhaps `parent`. `decides` are those
-    that decide the result: others, or another parent, are refused for the same folder.
+    that decide the result: others, or another parent, are refused for the same folder. unused: arguments that this
+    stage does without, such as another algorithm's.
     `done` is True when the folder exists already: the caller returns at once. Of several processes, rank 0 writes.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, unused=()):
         self.out = Path(args.out)
-        self.decides = {k: v for k, v in asdict(args).items() if k not in FREE}
+        self.decides = {k: v for k, v in asdict(args).items() if k not in FREE and k not in unused}
         self.folder = self.out.with_name(f".{self.out.name}.partial")
         self.done = self.out.is_dir()
         parent = getattr(args, "parent", None)  # beside `out`, wherever the run's folder may have been moved
@@ -185,7 +186,7 @@ class Stage:
         if record.exists():
             old = read_json(record)["args"]
             old = {k: getattr(kind, k, None) for k in args} | old  # an argument newer than the record had its default
-            differ = [k for k in old if old[k] != args.get(k)]
+            differ = [k for k in old if k not in unused and old[k] != args.get(k)]
             if differ:
                 then_now = "; ".join(f"{k}: {old.get(k)} then, {args.get(k)} now" for k in differ)
                 raise Refusal(

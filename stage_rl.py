@@ -150,7 +150,8 @@ def story(args):
     args.domain = args.domain or read_json(Path(args.parent) / "config.json")["domain"]
     domain, out = load_domain(args.domain), Path(args.out)
     check_task(args.task, domain)
-    stage = Stage(args)
+    algo, budget = algo_and_budget(args, domain)
+    stage = Stage(args, ["sacfd"] if algo == "ppo" else [])
     device = pick_device(args.device)
     torch.set_num_threads(1)  # while 16 simulators share the cores; updates use args.threads
     torch.manual_seed(args.seed)
@@ -163,7 +164,6 @@ def story(args):
     freeze(vla.theta(), not args.train_vlm)
     instruction, dim = domain.INSTRUCTIONS[args.task], vla.head.mlp[0].in_features
     vla.log_std.data.fill_(np.log(args.std))
-    algo, budget = algo_and_budget(args, domain)
     if args.train_vlm and algo != "ppo":
         raise Refusal(
             "--train-vlm goes with --algo ppo: SACfD's buffer holds latents, which last only while theta does"

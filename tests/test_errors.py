@@ -85,6 +85,22 @@ def test_another_parent(tmp_path):
     assert "parent: 1-rl then, 0-sft now" in said
 
 
+def test_what_a_stage_does_not_use(tmp_path):
+    """PPO goes on whatever SACfD's settings were when it was begun, also by a record that holds them."""
+
+    @dataclass
+    class Args:
+        out: str
+        lr: float = 1e-4
+        sacfd: int = 0
+
+    Stage(Args(tmp_path / "a", sacfd=1))
+    Stage(Args(tmp_path / "a", sacfd=2), ["sacfd"])
+    assert "sacfd: 1 then, 2 now" in refused(Stage, Args(tmp_path / "a", sacfd=2))
+    assert "lr: 0.0001 then" in refused(Stage, Args(tmp_path / "a", lr=1.0), ["sacfd"])
+    assert Stage(Args(tmp_path / "b", sacfd=1), ["sacfd"]).decides == {"lr": 1e-4}
+
+
 def test_checkpoint_of_another_domain(checkpoint):
     """A checkpoint is not used on tasks of another domain; both are named."""
     said = refused(VLA.load, checkpoint, "metaworld")
