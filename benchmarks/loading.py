@@ -9,19 +9,21 @@ A side's process, with what the system keeps of its files in memory, may take --
 Where none can be made (not root, or a container that forbids it), the kept pages of all files are dropped before each
 round instead (posix_fadvise): no round then finds in memory what an earlier one has read. The output says which it was.
 
-LeRobot's reader is not among the sides: lerobot (0.3 and 0.4) wants torch below 2.8 and does not install beside
-requirements.txt.
-Writes results/benchmarks/loading.json. Takes three times --gb of disk for as long as it runs.
+LeRobot's reader is a side where --lerobot names an interpreter that has it: lerobot (0.3 and 0.4) wants torch below 2.8
+and does not install beside requirements.txt (README, Interchange). Its set is made by `data.py export`, which takes
+longer than all the rest; a batch is as many of its data set's items, stacked.
+Writes results/benchmarks/loading.json. Takes three times --gb of disk for as long as it runs, five with LeRobot.
 
 python benchmarks/loading.py
+python benchmarks/loading.py --lerobot .venv-lerobot/bin/python --gb 0.5
 python benchmarks/loading.py --gb 0.2 --limit 0.6 --batches 2          a try
 """
 
 import argparse
 import itertools
-import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -90,6 +92,20 @@ def theirs(folder):
     return batch
 
 
+def lerobots(folder):
+    """LeRobot's own reader, an item at a time as torch's DataLoader would ask for them."""
+    import torch
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset(folder.name, root=folder)
+
+    def batch(rng, n):
+        items = [dataset[int(i)] for i in rng.integers(0, len(dataset), n)]
+        return [torch.stack([item[key] for item in items]) for key in ("observation.image", "action")]
+
+    return batch
+
+
 def confine(gigabytes):
     """Put this process into a memory cgroup of its own; returns its folder, or None where that is not possible."""
     for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
@@ -108,24 +124,25 @@ def confine(gigabytes):
 
 def drop(folder):
     """Forget the files' pages, which are on disk by now."""
-    for path in folder.glob("*/*"):
+    for path in filter(Path.is_file, folder.rglob("*")):
         with open(path, "rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def serve(side, folder, limit, n, pipe):
-    """Frames a second of as many batches as the pipe asks for, until it asks for none."""
+def serve(side, folder, limit, n):
+    """A side's process: writes its cgroup's folder, then frames a second of as many batches as each line asks for."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     group = confine(limit)
     drop(folder)
     batch, rng = side(folder), np.random.default_rng()
-    pipe.send(group)
-    while batches := pipe.recv():
+    print(group or "", file=answers, flush=True)
+    for line in sys.stdin:
         if group is None:
             drop(folder)
         began = time.perf_counter()
-        for _ in range(batches):
+        for _ in range(int(line)):
             batch(rng, n)
-        pipe.send(batches * n / (time.perf_counter() - began))
+        print(int(line) * n / (time.perf_counter() - began), file=answers, flush=True)
 
 
 def main():
@@ -136,34 +153,41 @@ def main():
     parser.add_argument("--batches", type=int, default=20, help="batches of ours in a round; theirs draw a tenth")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=str(ROOT), help="on the disk to be measured; a folder is made in there")
+    parser.add_argument("--lerobot", help="an interpreter that has lerobot: its reader too")
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # the process of one side
     args = parser.parse_args()
+    readers = {"ours": ours, "npz": theirs, "npz compressed": theirs, "LeRobot": lerobots}
+    if args.side:
+        return serve(readers[args.side], Path(args.folder), args.limit, args.batch)
 
-    spawn, sides = multiprocessing.get_context("spawn"), {}
+    sides = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         frames = write(Path(folder), args.gb)
+        if args.lerobot:
+            about = ["--to", "lerobot", "--data", f"{folder}/ours", "--out", f"{folder}/LeRobot"]
+            subprocess.run([args.lerobot, ROOT / "data.py", "export", *about], check=True)
+            os.environ["HF_HOME"] = f"{folder}/LeRobot/cache"  # it unpacks its files into there
         os.sync()
-        for name in ("ours", "npz", "npz compressed"):
-            pipe, far_end = spawn.Pipe()
-            side = (ours if name == "ours" else theirs, Path(folder) / name, args.limit, args.batch, far_end)
-            process = spawn.Process(target=serve, args=side, daemon=True)
-            process.start()
-            sides[name] = (process, pipe, args.batches if name == "ours" else -(-args.batches // 10), [])
-        groups = [pipe.recv() for _, pipe, _, _ in sides.values()]
+        for name in list(readers)[: 4 if args.lerobot else 3]:
+            command = [args.lerobot if name == "LeRobot" else sys.executable, __file__, "--side", name]
+            command += ["--folder", f"{folder}/{name}", "--limit", str(args.limit), "--batch", str(args.batch)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            sides[name] = (process, args.batches if name == "ours" else -(-args.batches // 10), [])
+        groups = [process.stdout.readline().strip() for process, _, _ in sides.values()]
         for _ in range(args.rounds + 1):
-            for _, pipe, batches, rates in sides.values():
-                pipe.send(batches)
-                rates.append(pipe.recv())
-        for process, pipe, _, _ in sides.values():
-            pipe.send(0)
-            process.join()
+            for process, batches, rates in sides.values():
+                print(batches, file=process.stdin, flush=True)
+                rates.append(float(process.stdout.readline()))
+        for process, _, _ in sides.values():
+            process.communicate()
         for group in filter(None, groups):
-            group.rmdir()
+            Path(group).rmdir()
 
     held = f"{args.limit:g} GB of memory" if all(groups) else "pages dropped before each round"
     print(f"{args.gb:g} GB, {frames:,} frames of {SIZE} px; {held}")
     rate = {name: float(np.median(rates[1:])) for name, (*_, rates) in sides.items()}
-    for name in ("npz", "npz compressed"):
-        what = f"random frames/s of {args.gb:g} GB, {held}, beside .{name}"
+    for name in list(sides)[1:]:
+        what = f"random frames/s of {args.gb:g} GB, {held}, beside {name.replace('npz', '.npz')}"
         keep("loading", {what: row(rate["ours"], rate[name], rate["ours"] / rate[name])})
 
 
