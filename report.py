@@ -17,6 +17,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 from scipy.stats import binomtest
 
@@ -45,6 +46,11 @@ def stage_order(folder):
     return sorted(stages, key=lambda p: (int(p.name.split("-")[0]), "rl" not in p.name))
 
 
+def costs(stages):
+    """What some stages cost together: {name: number} of COSTS, without those that one of them has not counted."""
+    return {k: f(s[k] for s in stages) for k, f in COSTS.items() if all(k in s for s in stages)}
+
+
 def report(args):
     """The report as a dict (design: report.json)."""
     stages = stage_order(args.run)
@@ -64,7 +70,7 @@ def report(args):
             "successes": sum(sum(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
             "episodes": sum(len(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
         }
-        cost = {k: f(s[k] for s in spent) for k, f in COSTS.items() if all(k in s for s in spent)}
+        cost = costs(spent)
         rows.append({
             "name": stage.name, **cost, "seconds": round(cost["seconds"], 1),
             "splits": {split: count(names) for split, names in splits(domain).items()},
@@ -212,13 +218,13 @@ def table(folders):
     lines += ["| --- " * (len(columns) + 5) + "|"]
     for method, seeds in rows.items():
         entries, first = list(seeds.values()), method.startswith("SFT")
-        spent = [r["stages"][:1] if first else r["stages"] for r, _ in entries]  # each seed's stages
-        cost = {k: [f(s[k] for s in one) for one in spent if all(k in s for s in one)] for k, f in COSTS.items()}
-        mean = lambda k, per=1: f"{sum(cost[k]) / len(cost[k]) / per:,.0f}" if cost[k] else "not counted"  # noqa: B023, E731
-        costs = f"{mean('seconds', 60)} | {mean('env_steps')} | {mean('vlm_forwards')} | "
-        costs += f"{max(cost['peak_gb']):.1f} |" if cost["peak_gb"] else "not counted |"
+        each = [costs(r["stages"][:1] if first else r["stages"]) for r, _ in entries]  # of each seed
+        counted = {k: [c[k] for c in each if k in c] for k in COSTS}
+        mean = lambda k, per=1: f"{np.mean(counted[k]) / per:,.0f}" if counted[k] else "not counted"  # noqa: B023, E731
+        spent = f"{mean('seconds', 60)} | {mean('env_steps')} | {mean('vlm_forwards')} | "
+        spent += f"{max(counted['peak_gb']):.1f} |" if counted["peak_gb"] else "not counted |"
         cells = " | ".join(cell(entries, names) for names in columns.values())
-        lines += [f"| {method} ({', '.join(map(str, seeds))}) | {cells} | {costs}"]
+        lines += [f"| {method} ({', '.join(map(str, seeds))}) | {cells} | {spent}"]
 
     lines += [
         "",

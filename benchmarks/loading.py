@@ -12,10 +12,10 @@ round instead (posix_fadvise): no round then finds in memory what an earlier one
 LeRobot's reader is a side where --lerobot names an interpreter that has it: lerobot (0.3 and 0.4) wants torch below 2.8
 and does not install beside requirements.txt (README, Interchange). Its set is made by `data.py export`, which takes
 longer than all the rest; a batch is as many of its data set's items, stacked.
-Writes results/benchmarks/loading.json. Takes three times --gb of disk for as long as it runs, five with LeRobot.
+Writes results/benchmarks/loading.json. Takes three times --gb of disk for as long as it runs, up to five with LeRobot.
 
 python benchmarks/loading.py
-python benchmarks/loading.py --lerobot .venv-lerobot/bin/python --gb 0.5
+python benchmarks/loading.py --lerobot .venv-lerobot/bin/python --gb 0.5 --limit 2
 python benchmarks/loading.py --gb 0.2 --limit 0.6 --batches 2          a try
 """
 
@@ -168,7 +168,7 @@ def main():
             subprocess.run([args.lerobot, ROOT / "data.py", "export", *about], check=True)
             os.environ["HF_HOME"] = f"{folder}/LeRobot/cache"  # it unpacks its files into there
         os.sync()
-        for name in list(readers)[: 4 if args.lerobot else 3]:
+        for name in [name for name in readers if name != "LeRobot" or args.lerobot]:
             command = [args.lerobot if name == "LeRobot" else sys.executable, __file__, "--side", name]
             command += ["--folder", f"{folder}/{name}", "--limit", str(args.limit), "--batch", str(args.batch)]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
