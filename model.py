@@ -29,7 +29,6 @@ Where the paper is silent or this differs from it:
 import functools
 import hashlib
 import importlib
-import json
 import multiprocessing
 import re
 import shutil
@@ -470,5 +469,5 @@ def describe(vla):
     kind = "LoRA" if vla.has_lora else "all weights"
     return (
         f"BLIP-2 {vla.config['vlm']}: {count(vla.vlm.parameters()):.1f} M weights, theta = {kind} "
-        f"{count(vla.theta()):.2f} M, phi = {count(vla.phi()):.2f} M on {json.dumps(str(vla.device))}"
+        f"{count(vla.theta()):.2f} M, phi = {count(vla.phi()):.2f} M, on {vla.device}"
     )

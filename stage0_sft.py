@@ -228,9 +228,75 @@ def parallel(vla):
     return torch.nn.parallel.DistributedDataParallel(vla, find_unused_parameters=True)
 
 
+def train_sft(args, stage, number, domain, data, vla, trained, steps, warmup):
+    """Minimize Eq. 2's or, in stage 2, Eq. 4's error over the weights `trained` of `vla` on `data` (Episodes), and give
+    them their moving average. A killed run goes on from the stage's last state, bit for bit."""
+    rank, world = ranks()
+    freeze(vla.parameters())
+    freeze(trained, False)
+    if args.checkpointing:
+        vla.checkpoint_layers()
+    if args.cache:
+        data.cache(vla)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    average = torch.optim.swa_utils.AveragedModel(
+        torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+
+    tensors, counters = stage.load()
+    step = counters.get("step", 0)
+    if step:
+        for i, p in enumerate(trained):
+            p.data.copy_(tensors[f"theta_phi.{i}"])
+            average.module[i].data.copy_(tensors[f"average.{i}"])
+        average.n_averaged += 1
+        load_optimizer(optimizer, tensors)
+    if rank == 0:
+        tasks = len({path.parent for path in data.paths})
+        print(f"stage {number}: Eq. {2 + number} on {len(data):,} frames of {tasks} tasks | {describe(vla)}")
+
+    model = parallel(vla)
+    bar = tqdm(desc=f"stage {number} SFT", total=steps, initial=step, smoothing=0.02, disable=rank > 0)
+    losses = []
+    while step < steps:
+        # ----------------------------------------------------------------------
+        # one step; its batch depends on (seed, step) alone
+        rng = np.random.default_rng([args.seed, number, step])
+        lr = args.lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, instructions, action = data.batch(rng, args.batch, rank, world)
+        if args.augment and not args.cache:
+            images = augment(images, draw_augmentation(args.batch, domain.VIEWS, rng, rank, world))
+        action = torch.from_numpy(action).to(vla.device)
+        optimizer.zero_grad()
+        loss = sft_gradient(model, images, instructions, action, vla.action_std, args.accumulate)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not torch.isfinite(norm):
+            raise Refusal(f"the loss is {loss.item()} at step {step}: delete {stage.folder} and give a smaller --lr")
+        optimizer.step()
+        average.update_parameters(torch.nn.ParameterList(trained))
+        step += 1
+        # ----------------------------------------------------------------------
+        losses.append(mean_over_ranks(loss))
+        if step % 50 == 0 or step == steps:
+            stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
+            bar.set_postfix(loss=f"{np.mean(losses):.3f}")
+            losses = []
+        bar.update()
+        if stage.due():
+            state = {f"theta_phi.{i}": p.data for i, p in enumerate(trained)}
+            state |= {f"average.{i}": p.data for i, p in enumerate(average.module)}
+            stage.save(state | optimizer_tensors(optimizer), {"step": step})
+    bar.close()
+
+    for p, mean in zip(trained, average.module):
+        p.data.copy_(mean)
+
+
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
-    (rank, world), stage = ranks(), Stage(args)
+    rank, stage = ranks()[0], Stage(args)
     device = pick_device(args.device)
     if stage.done:
         if rank:
@@ -257,66 +323,7 @@ def story(args):
     actions = torch.from_numpy(np.concatenate(data.actions))
     vla.action_mean.copy_(actions.mean(0))
     vla.action_std.copy_(actions.std(0).clamp(min=0.05))
-    trained = vla.theta() + vla.phi()
-    freeze(vla.parameters())
-    freeze(trained, False)
-    if args.checkpointing:
-        vla.checkpoint_layers()
-    if args.cache:
-        data.cache(vla)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    average = torch.optim.swa_utils.AveragedModel(
-        torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    )
-
-    tensors, counters = stage.load()
-    step = counters.get("step", 0)
-    if step:
-        for i, p in enumerate(trained):
-            p.data.copy_(tensors[f"theta_phi.{i}"])
-            average.module[i].data.copy_(tensors[f"average.{i}"])
-        average.n_averaged += 1
-        load_optimizer(optimizer, tensors)
-    if rank == 0:
-        print(f"stage 0: Eq. 2 on {len(data):,} frames of {len(domain.EXPERT_TASKS)} tasks | {describe(vla)}")
-
-    model = parallel(vla)
-    bar = tqdm(desc="stage 0 SFT", total=steps, initial=step, smoothing=0.02, disable=rank > 0)
-    losses = []
-    while step < steps:
-        # ----------------------------------------------------------------------
-        # one step; its batch depends on (seed, step) alone
-        rng = np.random.default_rng([args.seed, 0, step])
-        lr = args.lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        images, instructions, action = data.batch(rng, args.batch, rank, world)
-        if args.augment and not args.cache:
-            images = augment(images, draw_augmentation(args.batch, domain.VIEWS, rng, rank, world))
-        action = torch.from_numpy(action).to(device)
-        optimizer.zero_grad()
-        loss = sft_gradient(model, images, instructions, action, vla.action_std, args.accumulate)
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        if not torch.isfinite(norm):
-            raise Refusal(f"the loss is {loss.item()} at step {step}: delete {stage.folder} and give a smaller --lr")
-        optimizer.step()
-        average.update_parameters(torch.nn.ParameterList(trained))
-        step += 1
-        # ----------------------------------------------------------------------
-        losses.append(mean_over_ranks(loss))
-        if step % 50 == 0 or step == steps:
-            stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
-            bar.set_postfix(loss=f"{np.mean(losses):.3f}")
-            losses = []
-        bar.update()
-        if stage.due():
-            state = {f"theta_phi.{i}": p.data for i, p in enumerate(trained)}
-            state |= {f"average.{i}": p.data for i, p in enumerate(average.module)}
-            stage.save(state | optimizer_tensors(optimizer), {"step": step})
-    bar.close()
-
-    for p, mean in zip(trained, average.module):
-        p.data.copy_(mean)
+    train_sft(args, stage, 0, domain, data, vla, vla.theta() + vla.phi(), steps, warmup=200)
     if rank:
         return
     vla.save(stage.folder, args=stage.decides, instructions=sentences)

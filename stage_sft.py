@@ -17,32 +17,19 @@ Where the paper is silent or this differs from it:
 python stage_sft.py --parent runs/NAME-seed0/1-rl-TASK --out runs/NAME-seed0/1-sft
 """
 
-from run import (  # isort: skip  first, for Ctrl-C while torch is imported
-    Refusal,
-    Stage,
-    load_optimizer,
-    main,
-    mean_over_ranks,
-    optimizer_tensors,
-    pick_device,
-    ranks,
-    read_json,
-)
+from run import Stage, main, pick_device, ranks, read_json  # isort: skip  first, for Ctrl-C while torch is imported
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from data import Episodes, attempts
 from evaluate import evaluate_stage
-from model import VLA, describe, freeze, load_domain
-from stage0_sft import augment, draw_augmentation, parallel, sft_gradient
+from model import VLA, load_domain
+from stage0_sft import train_sft
 
 
 @dataclass
@@ -72,7 +59,7 @@ class Args:
 def story(args):
     args.domain = args.domain or read_json(Path(args.parent) / "config.json")["domain"]
     domain, out = load_domain(args.domain), Path(args.out)
-    (rank, world), stage = ranks(), Stage(args)
+    rank, stage = ranks()[0], Stage(args)
     device = pick_device(args.device)
     if stage.done:
         if rank:
@@ -92,65 +79,7 @@ def story(args):
     if args.theta == "lora" and not vla.has_lora:
         vla.add_lora(args.lora_rank)
     trained = vla.phi() if args.freeze_vlm else vla.theta() + vla.phi()
-    freeze(vla.parameters())
-    freeze(trained, False)
-    if args.checkpointing:
-        vla.checkpoint_layers()
-    if args.cache:
-        data.cache(vla)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    average = torch.optim.swa_utils.AveragedModel(
-        torch.nn.ParameterList(trained), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    )
-
-    tensors, counters = stage.load()
-    step = counters.get("step", 0)
-    if step:
-        for i, p in enumerate(trained):
-            p.data.copy_(tensors[f"theta_phi.{i}"])
-            average.module[i].data.copy_(tensors[f"average.{i}"])
-        average.n_averaged += 1
-        load_optimizer(optimizer, tensors)
-    if rank == 0:
-        print(f"stage 2: Eq. 4 on {len(data):,} frames of {len(weights)} tasks | {describe(vla)}")
-
-    model = parallel(vla)
-    bar = tqdm(desc="stage 2 SFT", total=args.steps, initial=step, smoothing=0.02, disable=rank > 0)
-    losses = []
-    while step < args.steps:
-        # ----------------------------------------------------------------------
-        # one step; its batch depends on (seed, step) alone
-        rng = np.random.default_rng([args.seed, 2, step])
-        lr = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        images, instructions, action = data.batch(rng, args.batch, rank, world)
-        if args.augment and not args.cache:
-            images = augment(images, draw_augmentation(args.batch, domain.VIEWS, rng, rank, world))
-        action = torch.from_numpy(action).to(device)
-        optimizer.zero_grad()
-        loss = sft_gradient(model, images, instructions, action, vla.action_std, args.accumulate)
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        if not torch.isfinite(norm):
-            raise Refusal(f"the loss is {loss.item()} at step {step}: delete {stage.folder} and give a smaller --lr")
-        optimizer.step()
-        average.update_parameters(torch.nn.ParameterList(trained))
-        step += 1
-        # ----------------------------------------------------------------------
-        losses.append(mean_over_ranks(loss))
-        if step % 50 == 0 or step == args.steps:
-            stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
-            bar.set_postfix(loss=f"{np.mean(losses):.3f}")
-            losses = []
-        bar.update()
-        if stage.due():
-            state = {f"theta_phi.{i}": p.data for i, p in enumerate(trained)}
-            state |= {f"average.{i}": p.data for i, p in enumerate(average.module)}
-            stage.save(state | optimizer_tensors(optimizer), {"step": step})
-    bar.close()
-
-    for p, mean in zip(trained, average.module):
-        p.data.copy_(mean)
+    train_sft(args, stage, 2, domain, data, vla, trained, args.steps, warmup=50)
     if rank:
         return
     vla.save(stage.folder, parent=args.parent, args=stage.decides)
