@@ -47,6 +47,7 @@ FORMAT = "ire-vla episode 1"
 EXPERT_SEED = 0  # D_e: attempt k of a task starts from EXPERT_SEED + k
 IMPORT_SEED = 100_000  # D_e, from elsewhere: a number for each episode, not a seed that was used
 ONLINE_SEED = 1_000_000  # D_rl: attempt k starts from ONLINE_SEED + k
+BORROW_SEED = 1_500_000  # stage 1's attempts under other sentences
 RL_SEED = 2_000_000  # stage 1's training environments
 EVAL_SEED = 9_000_000  # evaluation: the same episodes at every stage and for every method
 

@@ -100,12 +100,13 @@ class Player(gym.Env):
         self.env.close()
 
 
-def play(vla, domain, programme, envs, act, keep_images=False):
+def play(vla, domain, programme, envs, act, keep_images=False, say=None):
     """Play episodes in parallel: yields {"task", "seed", "success", "decisions"} as each one ends.
 
     programme: {task: [seed, ...]}. act(h, mask, ids) -> (executed (B, A), label (B, A)), where ids are B (task, seed,
     decision number). With keep_images an episode also carries "image" (T, H, W, 3), "action" (T, A; the labels) and
-    "reward" (T,). Half of the simulators step while the other half's images pass the VLM.
+    "reward" (T,). say: {seed: the sentence to give instead of the task's own}. Half of the simulators step while the
+    other half's images pass the VLM.
     """
     name, size = domain.__name__.split(".")[-1], vla.config["image_size"]
     left = {task: list(seeds) for task, seeds in programme.items() if seeds}
@@ -132,7 +133,8 @@ def play(vla, domain, programme, envs, act, keep_images=False):
         if busy:
             episodes = [now[group[i]] for i in busy]
             with torch.no_grad():
-                h, mask = vla.encode(obs[busy], [domain.INSTRUCTIONS[e["task"]] for e in episodes])
+                sentences = [say[e["seed"]] if say else domain.INSTRUCTIONS[e["task"]] for e in episodes]
+                h, mask = vla.encode(obs[busy], sentences)
                 executed, label = act(h.float(), mask, [(e["task"], e["seed"], e["decisions"]) for e in episodes])
             if not torch.isfinite(executed).all():
                 raise Refusal("the policy's action is NaN: this checkpoint cannot act; train it again from its parent")

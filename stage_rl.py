@@ -14,7 +14,8 @@ Where the paper is silent or this differs from it:
 2) A success ends the return; a time-out does not (its last state is bootstrapped from the critic).
 3) The critic starts new for each task, as in the paper, and is warmed up for some iterations before the actor moves: a
    random critic's advantages would undo what SFT has taught. For the same reason the actor also rests while none of
-   the last 100 episodes has succeeded: it explores around SFT's policy until one does.
+   the last 100 episodes has succeeded. Then it borrows: the VLA tries the sentences of the expert tasks, of which some
+   often leads where the task's own does not, and phi learns from those successes (`borrow`).
 4) The head kept is the one with the best success over 100 training episodes, not the last one.
 5) D_rl: 50 successes of that head, after training, from initial states of their own. They are made as D_e is: executed
    with noise, labelled with the head's mean (results/experiments.md has the comparison with the executed action).
@@ -27,7 +28,7 @@ from run import Refusal, Stage, check_memory, load_optimizer, main, optimizer_te
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,7 +39,7 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from data import ONLINE_SEED, RL_SEED, attempts, write_episode
+from data import BORROW_SEED, ONLINE_SEED, RL_SEED, attempts, write_episode
 from evaluate import check_task, evaluate_stage, play, simulators
 from model import VLA, Head, describe, freeze, load_domain, log_prob
 from sacfd import Critics, SACfD, squashed, train_sacfd
@@ -138,6 +139,48 @@ def ppo_update(args, vla, critic, optimizer, flat, rows, mask, warm, generator, 
             optimizer.step()
             stats.append((policy.item(), value_loss.item(), kl.item(), clipped.item(), float(norm)))
     return np.mean(stats, axis=0)
+
+
+def borrow(args, domain, vla, counters):
+    """A start for RL where the task's own sentence succeeds in none of 100 episodes: what the VLA does for others.
+
+    Each of the expert tasks' sentences is tried in two episodes, then those that succeeded in 20 more, as often as each
+    had. Eq. 2 on those successes' latents, under the task's own sentence, gives phi what they did. Changes phi; counts
+    attempts in counters["borrowed"], decisions in counters["env_steps"].
+    """
+    own, noise = domain.INSTRUCTIONS[args.task], domain.NOISE if args.noise is None else args.noise
+
+    def attempt(sentences):
+        """An episode under each sentence: [(sentence, image (T, H, W, 3), action (T, A))] of those that succeeded."""
+        begin = BORROW_SEED + counters.setdefault("borrowed", 0)
+        counters["borrowed"] += len(sentences)
+        say, won = dict(enumerate(sentences, begin)), {}  # seed: sentence
+        for e in play(vla, domain, {args.task: list(say)}, args.envs, shaken(vla, noise), keep_images=True, say=say):
+            counters["env_steps"] += e["decisions"]
+            if e["success"]:
+                won[e["seed"]] = say[e["seed"]], e["image"], e["action"]
+        return [won[seed] for seed in sorted(won)]
+
+    others = sorted({domain.INSTRUCTIONS[task] for task in domain.EXPERT_TASKS} - {own})
+    won, tried = attempt(2 * others) if others else [], 2 * len(others)
+    if not won:
+        return tqdm.write(f"no success in 100 episodes, nor in {tried} under other sentences")
+    won += attempt((20 * [sentence for sentence, _, _ in won])[:20])
+    best = ", ".join(f"{sentence!r} {n}" for sentence, n in Counter(w[0] for w in won).most_common(3))
+    tqdm.write(f"no success in 100 episodes, but {len(won)} in {tried + 20} under other sentences: {best}")
+
+    action = torch.from_numpy(np.concatenate([action for _, _, action in won])).to(vla.device)  # (n, A)
+    with torch.no_grad():
+        h, mask = zip(*[vla.encode(image, [own] * len(image)) for _, image, _ in won])
+    h, mask = torch.cat(h).to(torch.bfloat16), mask[0][:1]  # (n, M, D), (1, M)
+    optimizer = torch.optim.Adam(vla.phi(), lr=5 * args.lr)
+    generator = torch.Generator().manual_seed(hash((args.seed, counters["borrowed"])) & 0x7FFFFFFF)
+    for _ in range(500):
+        b = torch.randint(len(h), (256,), generator=generator).to(h.device)
+        error = (vla.mean(h[b].float(), mask) - action[b]) / vla.action_std  # (256, A)
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        optimizer.step()
 
 
 def algo_and_budget(args, domain):
@@ -349,6 +392,10 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
                 best=counters["best"], steps_per_second=int(valid.sum()) / (time.time() - began),
                 updates_share=counters["updates_share"],
             )  # fmt: skip
+            if len(recent) == recent.maxlen and not any(recent):
+                torch.set_num_threads(rollout_threads)
+                borrow(args, domain, vla, counters)
+                recent.clear()
             bar.update(counters["env_steps"] - bar.n)
             bar.set_postfix_str(f"success {success:.2f}, best {counters['best']:.2f}, kl {kl:.3f}")
             yield
@@ -361,16 +408,11 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
             env.close(terminate=True)
 
 
-def record_successes(args, domain, vla, folder, first, successes, noise):
-    """Record `successes` episodes of the policy into `folder`; gives up after four times as many attempts. Returns
-    (made, attempted, decisions). Attempt k is decided by its seed, so an interrupted recording can make it again.
-    noise: deviation of that on what is executed; None: explore as SACfD does, and label with what was executed.
-    """
-    name, made, attempted, decisions = domain.__name__.split(".")[-1], 0, 0, 0
+def shaken(vla, noise):
+    """How `play` acts when episodes are kept: the mean is the label, and all but the gripper of what is executed is
+    shaken by `noise`, as the expert is (stage0_sft.py). None: explore as SACfD does, labelled with what is executed."""
 
     def act(h, mask, ids):
-        """What to execute and its label; for D_rl the mean is the label, and all but the gripper of what is executed is
-        shaken, as the expert is (stage0_sft.py)."""
         label = vla.act(h, mask)
         drawn = np.stack([np.random.default_rng(i[1:]).normal(size=label.shape[1]) for i in ids])
         drawn = torch.as_tensor(drawn, dtype=label.dtype, device=label.device)  # (B, A)
@@ -380,6 +422,15 @@ def record_successes(args, domain, vla, folder, first, successes, noise):
         drawn[:, -1] = 0
         return label + noise * drawn, label
 
+    return act
+
+
+def record_successes(args, domain, vla, folder, first, successes, noise):
+    """Record `successes` episodes of the policy into `folder`; gives up after four times as many attempts. Returns
+    (made, attempted, decisions). Attempt k is decided by its seed, so an interrupted recording can make it again.
+    noise: deviation of that on what is executed; None: explore as SACfD does, and label with what was executed.
+    """
+    name, made, attempted, decisions = domain.__name__.split(".")[-1], 0, 0, 0
     while attempted < 4 * successes:
         folder.mkdir(parents=True, exist_ok=True)  # also where nothing succeeds: a run has always the same folders
         have = {k for k in attempts(folder) if k >= first}
@@ -391,7 +442,7 @@ def record_successes(args, domain, vla, folder, first, successes, noise):
         programme = {args.task: [ONLINE_SEED + k for k in fresh if k not in have]}
         if not programme[args.task]:
             continue
-        for e in play(vla, domain, programme, args.envs, act, keep_images=True):
+        for e in play(vla, domain, programme, args.envs, shaken(vla, noise), keep_images=True):
             decisions += e["decisions"]
             if e["success"]:
                 write_episode(

@@ -2,7 +2,7 @@
 
 Operations and bytes are counted by plan.py on the model's configuration, without weights. A GPU is taken to reach
 --share of its bfloat16 peak, but no pass is faster than reading the weights once. "Fit" is by what autograd keeps, the
-scores of plain attention among it. Prints the README's table.
+scores of plain attention among it. Prints the table of results/README.md.
 
 python benchmarks/gpus.py
 """

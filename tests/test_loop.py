@@ -150,8 +150,9 @@ def parses(words):
 
 
 def written_commands():
-    """(where, command) of every command in a docstring, in loop.sh's head and, where it exists, in the README."""
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("domains/*.py"), *ROOT.glob("*.md")]
+    """(where, command) of every command in a docstring, in the head of a shell script and in the READMEs."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("domains/*.py")]
+    sources += [*ROOT.glob("*.md"), *ROOT.glob("results/*.md")]
     line = re.compile(r"^[#\s$]*((?:[A-Z]+=\S+ )*(?:python \w+\.py|bash \w+\.sh)(?: [^\n`]*)?)", re.M)
     for path in sources:
         for match in line.finditer(path.read_text()):
