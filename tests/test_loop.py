@@ -117,6 +117,9 @@ def test_the_table_counts_every_episode(tmp_path):
     k, n = (a > b).sum(), (a != b).sum()
     p = min(1, 2 * sum(math.comb(n, i) for i in range(min(k, n - k) + 1)) / 2**n)
     assert f"| ire-vla against sft-only | unseen | {k} | {n - k} | {p:.2g} |" in text
+    longer = json.loads((folders[0] / "report.json").read_text())  # a later stage of one run is left out
+    write_json(folders[0] / "report.json", longer | {"stages": [*longer["stages"], {**stages[0], "name": "3-sft"}]})
+    assert table(folders) == text
     shorter = json.loads((folders[2] / "report.json").read_text())
     write_json(folders[2] / "report.json", shorter | {"stages": shorter["stages"][:1]})
     with pytest.raises(Refusal, match="as many rounds"):
