@@ -15,7 +15,8 @@ Where the paper is silent or this differs from it:
 3) The critic starts new for each task, as in the paper, and is warmed up for some iterations before the actor moves: a
    random critic's advantages would undo what SFT has taught. For the same reason the actor also rests while none of
    the last 100 episodes has succeeded. Then it borrows: the VLA tries the sentences of the expert tasks, of which some
-   often leads where the task's own does not, and phi learns from those successes (`borrow`).
+   often leads where the task's own does not, and phi learns from those successes (`borrow`; not with `--train-vlm`:
+   the paper's baselines are plain PPO).
 4) The head kept is the one with the best success over 100 training episodes, not the last one.
 5) D_rl: 50 successes of that head, after training, from initial states of their own. They are made as D_e is: executed
    with noise, labelled with the head's mean (results/experiments.md has the comparison with the executed action).
@@ -392,7 +393,7 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
                 best=counters["best"], steps_per_second=int(valid.sum()) / (time.time() - began),
                 updates_share=counters["updates_share"],
             )  # fmt: skip
-            if len(recent) == recent.maxlen and not any(recent):
+            if len(recent) == recent.maxlen and not any(recent) and not args.train_vlm:  # the baselines are plain PPO
                 torch.set_num_threads(rollout_threads)
                 borrow(args, domain, vla, counters)
                 recent.clear()
