@@ -209,6 +209,15 @@ def evaluate_stage(folder, domain, episodes, device, envs=16, vla=None):
         print(f"{path.parent}: {summary(read_json(path)['tasks'], domain)}")
 
 
+def finished(stage, domain, args, device, envs=16):
+    """Is the stage (run.py) there already? Then say so, and evaluate it where that was not done."""
+    if stage.done and stage.writes:
+        print(f"{stage.out} is finished")
+        torch.set_num_threads(1)
+        evaluate_stage(stage.out, domain, args.episodes, device, envs)
+    return stage.done
+
+
 def summary(tasks, domain):
     """One line of an evaluation's tasks: expert 0.83 [0.80, 0.86] (519/625), rl ..."""
     parts = []

@@ -194,11 +194,11 @@ def table(folders):
         if r["domain"] != reports[0]["domain"] or r["protocol"] != reports[0]["protocol"]:
             raise Refusal(f"{folder} has another domain or protocol than {folders[0]}: give those of one protocol")
     names = [[s["name"] for s in r["stages"]] for r in reports]
-    last = [name for name in names[0] if all(name in other for other in names)][-1:]
-    if last in ([], ["0-sft"]):
+    common = [name for name in names[0] if all(name in other for other in names)]
+    if not common or common[-1] == "0-sft":
         raise Refusal(f"{', '.join(map(str, folders))} share no stage after 0-sft: evaluate runs of as many rounds")
     for r, n in zip(reports, names):
-        r["stages"] = r["stages"][: n.index(last[0]) + 1]
+        r["stages"] = r["stages"][: n.index(common[-1]) + 1]
     domain = load_domain(reports[0]["domain"])
     columns = {"expert": domain.EXPERT_TASKS, **{t: [t] for t in domain.RL_TASKS}}
     columns |= {"RL tasks": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
@@ -214,7 +214,7 @@ def table(folders):
         spread = f", seeds {min(each):.2f} to {max(each):.2f}" if len(each) > 1 else ""
         return f"{sum(k) / sum(n):.2f} [{low:.2f}, {high:.2f}]{spread}"
 
-    lines = [f"# {reports[0]['domain']}, VLM {reports[0]['vlm']}: methods side by side, after {last[0]}", ""]
+    lines = [f"# {reports[0]['domain']}, VLM {reports[0]['vlm']}: methods side by side, after {common[-1]}", ""]
     lines += ["Successes of all seeds' episodes together, 95 % Wilson interval, and the least and best seed.", ""]
     lines += ["Costs are the mean of the seeds that counted them, without evaluations; a VLM forward is an image"]
     lines += ["through it; peak GB is the most memory that a stage's own process held, without its simulators.", ""]

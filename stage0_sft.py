@@ -49,7 +49,7 @@ import tyro
 from tqdm import tqdm
 
 from data import EXPERT_SEED, Episodes, attempts, write_episode
-from evaluate import evaluate_stage
+from evaluate import evaluate_stage, finished
 from model import VLA, describe, freeze, load_domain
 
 
@@ -164,7 +164,8 @@ def collect(args, domain, root):
 
 def sft_loss(model, images, instructions, action, action_std):
     """Eq. 2's squared error for a batch, in units of each action dimension's deviation: images (B, H, W, 3) uint8, B
-    sentences, action (B, A) -> scalar. model: a VLA, or the DistributedDataParallel around it."""
+    sentences, action (B, A) -> scalar. model: a VLA, or the DistributedDataParallel around it; or a VLA's `mean`, with
+    latents (B, M, D) and their mask instead of images and sentences."""
     error = (model(images, instructions) - action) / action_std  # (B, A)
     return error.square().mean()
 
@@ -230,7 +231,11 @@ def parallel(vla):
 
 def train_sft(args, stage, number, domain, data, vla, trained, steps, warmup):
     """Minimize Eq. 2's or, in stage 2, Eq. 4's error over the weights `trained` of `vla` on `data` (Episodes), and give
-    them their moving average. A killed run goes on from the stage's last state, bit for bit."""
+    them their moving average. A killed run goes on from the stage's last state, bit for bit.
+
+    number: of the stage, 0 or 2. warmup: steps in which the learning rate rises to args.lr, before its cosine to zero.
+    Raises Refusal when the loss is not finite.
+    """
     rank, world = ranks()
     freeze(vla.parameters())
     freeze(trained, False)
@@ -298,12 +303,8 @@ def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
     rank, stage = ranks()[0], Stage(args)
     device = pick_device(args.device)
-    if stage.done:
-        if rank:
-            return
-        print(f"{out} is finished")
-        torch.set_num_threads(1)
-        return evaluate_stage(out, domain, args.episodes, device)
+    if finished(stage, domain, args, device):
+        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     steps = domain.STEPS if args.steps is None else args.steps

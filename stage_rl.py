@@ -41,9 +41,10 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from data import BORROW_SEED, ONLINE_SEED, RL_SEED, attempts, write_episode
-from evaluate import check_task, evaluate_stage, play, simulators
+from evaluate import check_task, evaluate_stage, finished, play, simulators
 from model import VLA, Head, describe, freeze, load_domain, log_prob
 from sacfd import Critics, SACfD, squashed, train_sacfd
+from stage0_sft import sft_loss
 
 
 @dataclass
@@ -178,9 +179,8 @@ def borrow(args, domain, vla, counters):
     generator = torch.Generator().manual_seed(hash((args.seed, counters["borrowed"])) & 0x7FFFFFFF)
     for _ in range(500):
         b = torch.randint(len(h), (256,), generator=generator).to(h.device)
-        error = (vla.mean(h[b].float(), mask) - action[b]) / vla.action_std  # (256, A)
         optimizer.zero_grad()
-        error.square().mean().backward()
+        sft_loss(vla.mean, h[b].float(), mask, action[b], vla.action_std).backward()
         optimizer.step()
 
 
@@ -199,9 +199,8 @@ def story(args):
     device = pick_device(args.device)
     torch.set_num_threads(1)  # while 16 simulators share the cores; updates use args.threads
     torch.manual_seed(args.seed)
-    if stage.done:
-        print(f"{out} is finished")
-        return evaluate_stage(out, domain, args.episodes, device, args.envs)
+    if finished(stage, domain, args, device, args.envs):
+        return
 
     vla = VLA.load(args.parent, args.domain, device)
     freeze(vla.vlm.parameters())

@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from data import Episodes, attempts
-from evaluate import evaluate_stage
+from evaluate import evaluate_stage, finished
 from model import VLA, load_domain
 from stage0_sft import train_sft
 
@@ -61,12 +61,8 @@ def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
     rank, stage = ranks()[0], Stage(args)
     device = pick_device(args.device)
-    if stage.done:
-        if rank:
-            return
-        print(f"{out} is finished")
-        torch.set_num_threads(1)
-        return evaluate_stage(out, domain, args.episodes, device)
+    if finished(stage, domain, args, device):
+        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
