@@ -21,6 +21,7 @@ export AGAIN="bash fig4.sh $DOMAIN $START"
 source venv.sh
 
 "$PYTHON" stage0_sft.py --domain "$DOMAIN" --out "$OUT/untrained" --seed "$SEED" --steps 0 --episodes 0
+FOLDERS=()
 for TASK in $("$PYTHON" -c "from domains import $DOMAIN as d; print(*d.RL_TASKS)"); do
   for ARM in scratch sft-whole sft-head; do
     WHOLE=--train-vlm PARENT=$START
@@ -28,6 +29,7 @@ for TASK in $("$PYTHON" -c "from domains import $DOMAIN as d; print(*d.RL_TASKS)
     [ $ARM = sft-head ] && WHOLE=--no-train-vlm
     "$PYTHON" stage_rl.py --domain "$DOMAIN" --task "$TASK" --algo ppo $WHOLE --parent "$PARENT" \
       --out "$OUT/$ARM/$TASK" --seed "$SEED" --successes 0 --episodes 0 ${RL:-}
+    FOLDERS+=("$OUT/$ARM/$TASK")
   done
 done
-"$PYTHON" report.py --curves "$OUT"/s*/* --out "$OUT"
+"$PYTHON" report.py --curves "${FOLDERS[@]}" --out "$OUT"

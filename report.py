@@ -251,7 +251,7 @@ def table(folders):
 
 def curves(folders, path):
     """Training success (share of the last 100 episodes) over environment steps: a panel for each task, a line for each
-    name of the folder above the stage's, such as fig4.sh's arms."""
+    name of the folder above the stage's, such as fig4.sh's arms. A dot: its end, by convergence or budget."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,7 +267,7 @@ def curves(folders, path):
         for folder in stages:
             rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             x, y = [r["step"] / 1000 for r in rows], [r["success"] for r in rows]
-            ax.plot(x, y, color=names[folder.parent.name], label=folder.parent.name)
+            ax.plot(x, y, color=names[folder.parent.name], marker="o", markersize=4, markevery=[-1], clip_on=False)
         ax.set_title(task, fontsize=9, loc="left")
         ax.set(xlabel="thousand environment steps", xlim=(0, None), ylim=(0, 1.02))
         ax.grid(alpha=0.3)
