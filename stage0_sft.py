@@ -3,8 +3,7 @@ Stage 0: supervised fine-tuning of the whole VLA on expert data (paper Sec. IV-B
 
     min over theta, phi of  E_{(o, l, a) in D_e} || pi_{theta,phi}(o, l) - a ||^2                              (Eq. 2)
 
-First the domain's scripted expert records D_e where it is missing: successful episodes of each expert task, 100 on
-Meta-World (the paper has 50), 50 elsewhere.
+First the domain's scripted expert records D_e where it is missing: the domain's DEMOS successes of each expert task.
 
 Where the paper is silent or this differs from it:
 1) Demonstrations: the expert's action is executed with Gaussian noise on every dimension but the last (the gripper),
