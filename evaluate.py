@@ -5,12 +5,13 @@ The greedy policy plays fixed episodes (data.EVAL_SEED + 0, 1, ...) that nothing
 and for every method, so that two policies can be compared episode by episode. A rate is k successes of n episodes with
 its 95 % Wilson interval (the paper states neither its episodes, which are 25 a task by its numbers, nor intervals).
 
-python evaluate.py --checkpoint runs/NAME-seed0/0-sft            all tasks, 25 episodes each, about 2 minutes
+python evaluate.py --checkpoint runs/NAME-seed0/0-sft            all tasks, 25 episodes each, 3 to 8 minutes
 python evaluate.py --checkpoint runs/NAME-seed0/0-sft --tasks TASK --episodes 3 --video task.mp4
 """
 
 from run import Refusal, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def check_task(task, domain):
     """Raises Refusal for a task that the domain does not have, naming those it has."""
     if task not in all_tasks(domain):
         raise Refusal(f"unknown task {task!r}: known are {', '.join(all_tasks(domain))}")
+
+
+def only_simulated(domain, what):
+    """Raises Refusal where the domain's environments are a real robot, of which there is one, with people near it."""
+    if domain.__name__ == "domains.panda" and os.environ.get("ROBOT_URL"):
+        raise Refusal(f"ROBOT_URL is set, and {what} is for simulated robots: unset it, or see real_robot.md")
 
 
 def simulators(fns, vla, autoreset):
@@ -182,6 +189,7 @@ def evaluate(vla, domain, tasks, episodes, envs=16, label="evaluate"):
 
     Raises Refusal for a task that the domain does not have.
     """
+    only_simulated(domain, "an evaluation of many episodes at once (--episodes 0 leaves it out)")
     for task in tasks:
         check_task(task, domain)
     seeds = [EVAL_SEED + i for i in range(episodes)]
@@ -211,6 +219,8 @@ def evaluate_stage(folder, domain, episodes, device, envs=16, vla=None):
 
 def finished(stage, domain, args, device, envs=16):
     """Is the stage (run.py) there already? Then say so, and evaluate it where that was not done."""
+    if args.episodes:
+        only_simulated(domain, "an evaluation of many episodes at once (--episodes 0 leaves it out)")
     if stage.done and stage.writes:
         print(f"{stage.out} is finished")
         torch.set_num_threads(1)

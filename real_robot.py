@@ -17,7 +17,8 @@ try it all on: `python -m domains.panda serve`, and ROBOT_URL=http://127.0.0.1:5
 Upstream's server checks nothing and tells little. So here: every pose sent is clipped last (Limits.clip); every answer
 is checked (Panda.measure); whatever is wrong is a Fault, which stops the arm where it is, ends the episode and marks
 it; and an arm that does not move is never told to go on without a person's word, for a reflex and the user stop look
-alike. If this process dies, the arm keeps to its last target, at most Limits.step away, pushing with at most 20 N.
+alike. If this process is killed (kill -9, a power cut), the arm keeps to its last target, at most Limits.step away and
+pushed to with at most 20 N along each axis.
 """
 
 from run import Refusal, main, read_tensors, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
@@ -29,6 +30,8 @@ import json
 import math
 import os
 import select
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -66,7 +69,7 @@ class Limits:
     tilt: float = 0.15  # of the hand from pointing down
     yaw: float = 1.45  # of the hand, both ways
     gripper_rest: int = 5  # decisions between two gripper commands: the hand needs half a second
-    compliance: dict = field(  # of the impedance controller: it pushes with at most 2000 N/m * 0.01 m = 20 N
+    compliance: dict = field(  # of the impedance controller: along each axis it pushes with at most 2000 N/m * 0.01 m
         default_factory=lambda: {
             "translational_stiffness": 2000, "translational_damping": 89, "translational_Ki": 0,
             "rotational_stiffness": 150, "rotational_damping": 7, "rotational_Ki": 0,
@@ -82,11 +85,12 @@ class Limits:
     outside: float = 0.03  # outside the box
     beyond: float = 0.25  # rad beyond tilt or yaw
     force: float = 40.0  # N
+    meets: float = 5.0  # N; with less the hand meets nothing
     speed: float = 0.6  # m/s
     q_min: tuple = (-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973)
     q_max: tuple = (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973)
     q_margin: float = 0.1
-    still: int = 8  # decisions in which the arm, told to move and pushing nothing, moves less than 1 mm
+    still: int = 8  # decisions in which the arm, told to move and meeting nothing, moves less than 1 mm
     grip: int = 10  # decisions in which the fingers, told to move, do not
     frame_age: float = 0.2  # of a camera's newest picture
     read: float = 0.25  # the robot server's time to answer; reads and /pose are tried twice
@@ -111,7 +115,7 @@ class Limits:
 class Setup:
     """Which robot: each field from the environment variable ROBOT_<NAME>."""
 
-    url: str = "http://127.0.0.1:5000/"  # of the robot server
+    url: str = ""  # of the robot server; empty: a simulated one of its own for each environment
     gripper: str = "serl"  # whose gripper_pos: serl (m), hil-serl (1 open), robotiq (255 closed)
     front: str = "sim:front"  # cameras: opencv:<index or path>, realsense:<serial number>, sim:<name>
     wrist: str = "sim:wrist"
@@ -121,8 +125,20 @@ class Setup:
 
     @classmethod
     def from_environment(cls):
-        given = {f.name: os.environ[name] for f in fields(cls) if (name := f"ROBOT_{f.name.upper()}") in os.environ}
-        return cls(**given)
+        """Raises Refusal for an unknown value, and where a robot is described and not named."""
+        given = {f.name: value for f in fields(cls) if (value := os.environ.get(f"ROBOT_{f.name.upper()}"))}
+        setup = cls(**given)
+        if given and not setup.url:
+            raise Refusal(f"ROBOT_{next(iter(given)).upper()} is set and ROBOT_URL is not: set it, or unset the other")
+        for name, known in (("gripper", [*OPENING]), ("takeover", ["", "keys", "spacemouse"])):
+            if (value := getattr(setup, name)) not in known:
+                raise Refusal(f"unknown ROBOT_{name.upper()} {value!r}: known are {', '.join(filter(None, known))}")
+        if setup.takeover and setup.reward == "sim":
+            raise Refusal("ROBOT_TAKEOVER wants a person there: set ROBOT_REWARD to keys, or to a classifier's file")
+        return setup
+
+    def __str__(self):
+        return f"the robot server at {self.url}" if self.url else "a simulated robot (ROBOT_URL is not set)"
 
 
 class Fault(Exception):
@@ -324,11 +340,12 @@ class Sim:
 
 
 class Keyboard:
-    """A person at the terminal. y: it succeeded, n: it did not, space: stop; c: take over, and again to give back.
+    """A person at the terminal."""
 
-    While taken over: w s a d move away, back, left and right, r f up and down, q e turn, o opens, k closes.
-    """
-
+    HELP = (
+        "space: stop   y: it succeeded   n: it did not   c: take over, and again to give back; then "
+        "w s a d: away, back, left, right   r f: up, down   q e: turn   o k: open, close"
+    )
     MOVES = {"w": (0, 1), "s": (0, -1), "a": (1, 1), "d": (1, -1), "r": (2, 1), "f": (2, -1), "q": (5, 1), "e": (5, -1)}
 
     def __init__(self, terminal="/dev/tty"):
@@ -342,6 +359,10 @@ class Keyboard:
         self.before, self.restore = termios.tcgetattr(self.terminal), termios.tcsetattr
         tty.setcbreak(self.terminal)
         self.driving, self.gripper = False, 1.0
+        self.say(self.HELP)
+
+    def say(self, sentence):
+        self.terminal.write(f"\r\n{sentence} ".encode())
 
     def keys(self):
         """What has been typed since the last time."""
@@ -353,14 +374,15 @@ class Keyboard:
     def ask(self, sentence):
         """Wait for Enter."""
         self.keys()
-        self.terminal.write(f"\r\n{sentence} [Enter] ".encode())
+        self.say(f"{sentence} [Enter]")
         while self.terminal.read(1) not in (b"\n", b"\r"):
             pass
 
-    def action(self, typed):
-        """The person's action (7,), or None while the policy has the arm."""
+    def action(self, typed, gripper):
+        """The person's action (7,), or None while the policy has the arm. gripper: what it was told last, 1 to open, -1
+        to close; so it stays until the person says otherwise."""
         if "c" in typed:
-            self.driving = not self.driving
+            self.driving, self.gripper = not self.driving, gripper
         if not self.driving:
             return None
         action = np.zeros(7, np.float32)
@@ -383,15 +405,19 @@ class SpaceMouse:
     """Takes over while it is pushed; its buttons close and open. Needs pyspacemouse."""
 
     def __init__(self):
-        import pyspacemouse
+        try:
+            import pyspacemouse
+        except ImportError as error:
+            raise Refusal(f"ROBOT_TAKEOVER=spacemouse needs {error.name}: pip install it") from error
+        self.mouse, self.gripper, self.driving = pyspacemouse.open(), 1.0, False
 
-        self.mouse, self.gripper = pyspacemouse.open(), 1.0
-
-    def action(self, typed):
+    def action(self, typed, gripper):
         s = self.mouse.read()
         move = np.array([-s.y, s.x, s.z, -s.roll, -s.pitch, -s.yaw], np.float32)  # to the base's axes, as in SERL
-        if np.linalg.norm(move) < 0.05 and not any(s.buttons):
+        before, self.driving = self.driving, np.linalg.norm(move) >= 0.05 or any(s.buttons)
+        if not self.driving:
             return None
+        self.gripper = self.gripper if before else gripper
         self.gripper = -1.0 if s.buttons[0] else 1.0 if s.buttons[-1] else self.gripper
         return np.append(move.clip(-1, 1), np.float32(self.gripper))
 
@@ -407,7 +433,7 @@ def judge_net():
 class Classifier:
     """Success by a trained image classifier: surely so in two pictures running, with the hand off the table."""
 
-    SURE, HEIGHT = 0.9, 0.06  # probability; m
+    SURE, HEIGHT = 0.9, 0.05  # probability; m above the floor of the robot's box
 
     def __init__(self, path):
         tensors, _ = read_tensors(path)
@@ -417,7 +443,7 @@ class Classifier:
     @torch.no_grad()
     def success(self, robot, picture):
         logit = self.net(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255.0)
-        now = bool(logit.sigmoid() > self.SURE) and robot.place[2] > self.HEIGHT
+        now = bool(logit.sigmoid() > self.SURE) and robot.place[2] > robot.limits.low[2] + self.HEIGHT
         now, self.before = now and self.before, now
         return now
 
@@ -434,15 +460,29 @@ class Person:
         self.typed = ""
 
     def prepare(self, robot, seed):
+        if self.driver:
+            self.driver.driving = False
+        coming = "Hands clear: the gripper opens, and the arm goes home."
+        if robot.episodes == 0:
+            self.keyboard.ask(coming)
+        else:  # the person knows: time for the space bar
+            self.keyboard.say(coming)
+            for _ in range(20):
+                self.watch()
+                time.sleep(0.1)
         robot.go_home()
         self.keyboard.ask(f"Place the object for {robot.task!r} and step back.")
 
-    def action(self):
-        """What the person wants done instead of the policy's action, or None. Raises Fault when told to stop."""
+    def watch(self):
+        """Read what was typed. Raises Fault when told to stop."""
         self.typed = self.keyboard.keys()
         if " " in self.typed:
             raise Fault("the operator stopped the arm", person=True)
-        return self.driver.action(self.typed) if self.driver else None
+
+    def action(self, robot):
+        """What the person wants done instead of the policy's action, or None. Raises Fault when told to stop."""
+        self.watch()
+        return self.driver.action(self.typed, 1.0 if robot.gripper == "open" else -1.0) if self.driver else None
 
     def success(self, robot, picture):
         self.typed += self.keyboard.keys()
@@ -491,6 +531,7 @@ class Panda(gym.Env):
                         f"{setup.url} is a real robot: set ROBOT_FRONT, ROBOT_WRIST and ROBOT_REWARD, see class Setup"
                     ) from fault
                 simulated = {}
+            self.simulated = bool(simulated)
             self.lockstep = simulated.get("clock") == "lockstep"  # then nothing here may depend on real time
             limits = limits or Limits()
             self.limits = limits = replace(limits, read=60.0, slow=600.0) if self.lockstep else limits
@@ -498,6 +539,8 @@ class Panda(gym.Env):
                 self.cameras.append(open_camera(spec, self.link, limits))
             self.scene = Sim(self.link, max(limits.read, 10.0)) if setup.reward == "sim" else Person(setup)
             undo.pop_all()
+        if not self.lockstep and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `close` is reached: training ends so
 
     def begin(self):
         """Forget the last episode."""
@@ -573,9 +616,10 @@ class Panda(gym.Env):
         # state is an old one. The server says no more, so a person must.
         far = np.linalg.norm(self.target[0] - self.place) > 0.01 if self.target else False
         moved = before is None or np.linalg.norm(self.place - before["pose"][:3]) > 0.001
-        self.still = self.still + 1 if far and not moved and force < 5 and not self.link.dry else 0
+        same = before is not None and np.array_equal(state["q"], before["q"])  # no sensor is ever so still
+        free = force < limits.meets or same
+        self.still = self.still + 1 if far and not moved and free and not self.link.dry else 0
         if self.still >= limits.still:
-            same = np.array_equal(state["q"], before["q"])
             why = "and its state never changes: is the robot's state topic dead" if same else "a reflex, the user stop"
             raise Fault(f"the arm does not follow its commands ({why}?)", person=True)
         there = self.opening > 0.9 if self.gripper == "open" else self.opening < 0.1
@@ -624,6 +668,8 @@ class Panda(gym.Env):
                 if self.fault and self.fault.person:
                     self.release()
                 self.begin()
+                if isinstance(self.scene, Person):
+                    self.hold()  # before it is made stiffer: another program's last target may still be pulling
                 self.link.post("update_param", self.limits.compliance, self.limits.read, tries=2)
                 self.scene.prepare(self, seed)
                 self.begin()
@@ -643,7 +689,7 @@ class Panda(gym.Env):
             return
         if not isinstance(self.scene, Person):
             raise Refusal(f"{self.fault}: see to the robot, then give the same command again")
-        self.scene.keyboard.ask(f"{self.fault}. Make the robot safe and ready.")
+        self.scene.keyboard.ask(f"{self.fault}. Make the robot safe and ready; what it holds will fall.")
         self.hold()
         self.link.post("clearerr", timeout=self.limits.read)
         self.hold()
@@ -656,7 +702,7 @@ class Panda(gym.Env):
             raise ValueError(f"an action is 7 finite numbers, not {action}")
         executed, success, info = action.clip(-1, 1), False, {}
         try:
-            if isinstance(self.scene, Person) and (driven := self.scene.action()) is not None:
+            if isinstance(self.scene, Person) and (driven := self.scene.action(self)) is not None:
                 executed = driven
             self.grip(executed[6])
             self.command(*self.limits.aim(executed, self.place, self.turn))
@@ -680,9 +726,14 @@ class Panda(gym.Env):
         return np.vstack([camera.read(480, 240)[0] for camera in self.cameras])
 
     def close(self):
-        """Also holds the arm: so Ctrl-C stops it."""
+        """Also holds the arm: so Ctrl-C and SIGTERM stop it. Prints how well the decisions kept time."""
         if self.target is not None:
-            self.hold()
+            with undisturbed():
+                self.hold()
+        late = np.abs(np.array(self.periods) - PERIOD)
+        if len(late):
+            print(f"{(late < 0.005).mean():.1%} of {len(late)} periods within 5 ms of 0.1 s; {self.overruns} overruns")
+            self.periods = []
         for camera in self.cameras:
             camera.close()
         if isinstance(self.scene, Person):
@@ -719,6 +770,8 @@ class Panda(gym.Env):
         way, turning = place - begin, (turn * turned.inv()).as_rotvec()
         n = math.ceil(max(np.abs(way).max() / (limits.step / 2), np.abs(turning).max() / (limits.turn / 2), 1))
         for i in range(1, n + 20):  # the arm lags: up to two seconds more
+            if isinstance(self.scene, Person):
+                self.scene.watch()
             share = min(1.0, i / n)
             aim = begin + share * way, Rotation.from_rotvec(share * turning) * turned
             self.command(*limits.clip(*aim, self.place, self.turn))
@@ -734,6 +787,8 @@ class Panda(gym.Env):
 
     def reset_joints(self):
         """/jointreset takes about 20 s, sets the compliance back, and says the same whether it worked or not."""
+        if isinstance(self.scene, Person):
+            self.scene.keyboard.ask("Clear the arm's way: all joints move, for 20 s, and no limit is watched.")
         self.link.post("jointreset", timeout=self.limits.slow)
         self.link.post("update_param", self.limits.compliance, self.limits.read, tries=2)
         self.tick, self.target = time.monotonic(), None
@@ -742,6 +797,18 @@ class Panda(gym.Env):
             return
         if (off := np.abs(self.state["q"] - self.limits.reset_q).max()) > 0.05:
             raise Fault(f"the joint reset answered, but a joint is {off:.2f} rad from its target", person=True)
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Neither Ctrl-C nor SIGTERM ends what is done in here."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM) if mine}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def open_camera(spec, link, limits):
@@ -763,11 +830,18 @@ def open_camera(spec, link, limits):
 def check():
     """Is everything there and sane? Moves nothing."""
     domain, setup = load_domain("panda"), Setup.from_environment()
+    print(setup)
     env = domain.make(domain.EXPERT_TASKS[0])
     try:
-        print(f"robot server   {setup.url} answers")
+        print(f"robot server   {env.setup.url} answers")
         env.measure()
         print(f"state          finite, inside every limit; hand at {env.place.round(3)} m")
+        if (force := np.linalg.norm(env.state["force"])) > env.limits.meets:
+            raise Refusal(
+                f"the resting hand reports {force:.1f} N, so that a reflex would go unnoticed: free the hand, or set "
+                f"the end effector's mass in Desk"
+            )
+        print(f"force          {force:.1f} N")
         raw, likely = env.state["gripper_pos"], convention(env.state["gripper_pos"])
         if setup.gripper not in likely:
             raise Refusal(
@@ -819,7 +893,8 @@ def play(env, vla, instruction, seed, std=0.0):
         actions.append(info["executed"])
         rewards.append(reward)
         over = success or cut
-    return {"image": images, "action": actions, "reward": rewards}, success, info.get("fault")
+    protocol = load_domain("panda").PROTOCOL if env.simulated else None  # a real robot's cameras are its owner's
+    return {"image": images, "action": actions, "reward": rewards, "protocol": protocol}, success, info.get("fault")
 
 
 def rollouts(checkpoint, task, frames, seeds, std=0.0):
@@ -830,6 +905,7 @@ def rollouts(checkpoint, task, frames, seeds, std=0.0):
     domain = load_domain("panda")
     vla = VLA.load(checkpoint, "panda")
     torch.set_num_threads(1)
+    print(Setup.from_environment())
     env = domain.make(task, vla.config["image_size"])
     try:
         for seed in seeds:
@@ -846,9 +922,6 @@ def rollouts(checkpoint, task, frames, seeds, std=0.0):
                     Image.fromarray(env.picture).save(tmp, "png")
             yield seed, episode, success
     finally:
-        late = np.abs(np.array(env.periods) - PERIOD)
-        if len(late):
-            print(f"{(late < 0.005).mean():.1%} of {len(late)} periods within 5 ms of 0.1 s; {env.overruns} overruns")
         env.close()
 
 
@@ -873,7 +946,7 @@ def collect(checkpoint: str, task: str, out: str, successes: int = 20, frames: s
         if success:
             write_episode(
                 out / f"{seed - ONLINE_SEED:06d}.safetensors", **episode, domain="panda", task=task,
-                instruction=domain.INSTRUCTIONS[task], source="online", seed=seed, protocol=domain.PROTOCOL,
+                instruction=domain.INSTRUCTIONS[task], source="online", seed=seed,
             )  # fmt: skip
             have += 1
             print(f"{have} of {successes} successes in {out}", flush=True)
@@ -893,6 +966,7 @@ def train(checkpoint: str, task: str, out: str):
     """
     import stage_rl
 
+    print(Setup.from_environment())
     stage_rl.story(stage_rl.Args(
         task=task, parent=checkpoint, out=out, domain="panda", algo="sacfd", envs=1, successes=0, episodes=0,
     ))  # fmt: skip

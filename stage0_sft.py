@@ -49,7 +49,7 @@ import tyro
 from tqdm import tqdm
 
 from data import EXPERT_SEED, Episodes, attempts, write_episode
-from evaluate import evaluate_stage, finished
+from evaluate import evaluate_stage, finished, only_simulated
 from model import VLA, describe, freeze, load_domain
 
 
@@ -131,6 +131,7 @@ def collect(args, domain, root):
     have = {task: len(attempts(root / task)) for task in tried}
     if all(n >= demos for n in have.values()):
         return
+    only_simulated(domain, "the scripted expert")
     noise = domain.NOISE if args.noise is None else args.noise
     kicks = domain.KICKS if args.kicks is None else args.kicks
     total, made = demos * len(tried), sum(have.values())

@@ -707,8 +707,9 @@ def make(task, image_size=64):
 
     if task not in THINGS:
         raise Refusal(f"unknown panda task {task!r}: known are {', '.join(THINGS)}")
-    if os.environ.get("ROBOT_URL"):
-        return Panda(Setup.from_environment(), task, image_size, HORIZON)
+    setup = Setup.from_environment()
+    if setup.url:
+        return Panda(setup, task, image_size, HORIZON)
     child = _idle.pop() if _idle else Child()
     return Panda(Setup(url=child.url), task, image_size, HORIZON, at_close=lambda: _idle.append(child))
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import pty
+import subprocess
 import sys
 import termios
 import threading
@@ -632,12 +633,20 @@ def test_a_person_takes_over_and_that_is_stored(robot):
     person = real_robot.Person.__new__(real_robot.Person)
     person.keyboard = person.driver = keys
     person.judge, person.typed, env.scene = None, "", person
-    for typed, executed in (("", FORWARD), ("cad", [0, 0, 0, 0, 0, 0, 1]), ("aw", [0.5, 0.5, 0, 0, 0, 0, 1]),
-                            ("kf", [0, 0, -0.5, 0, 0, 0, -1]), ("c", FORWARD)):  # fmt: skip
+    close, held = np.array([0, 0, 0, 0, 0, 0, -1], np.float32), [0, 0, 0, 0, 0, 0, -1]
+    for typed, asked, executed in (
+        ("", FORWARD, FORWARD),
+        ("c", FORWARD, [0, 0, 0, 0, 0, 0, 1]),
+        ("aw", FORWARD, [0.5, 0.5, 0, 0, 0, 0, 1]),
+        ("kf", FORWARD, [0, 0, -0.5, 0, 0, 0, -1]),
+        ("c", FORWARD, FORWARD),
+        *[("", close, close)] * 6,
+        ("c", FORWARD, held),
+        ("r", FORWARD, [0, 0, 0.5, 0, 0, 0, -1]),
+        ("o", FORWARD, [0, 0, 0, 0, 0, 0, 1]),
+    ):  # fmt: skip  taking over opens nothing that is closed
         keys.keys = lambda typed=typed: typed
-        done = env.step(FORWARD)[4]["executed"]
-        if typed != "cad":
-            assert np.allclose(done, executed), typed
+        assert np.allclose(env.step(asked)[4]["executed"], executed), typed
     keys.keys = lambda: "y"
     _, reward, success, truncated, _ = env.step(FORWARD)
     assert (reward, success, truncated) == (1.0, True, False)
@@ -648,12 +657,71 @@ def test_a_person_takes_over_and_that_is_stored(robot):
     env.close()
 
 
+def test_space_stops_the_way_home_too(robot):
+    """The way home is announced, and the space bar ends it; what was being driven is given back to the policy."""
+    env, said, typed = panda.make("pick-red-block"), [], iter(["", "", *[""] * 20, " "])
+    env.reset(seed=0)
+    drive(env, np.array([1, 1, -1, 0, 0, 1, 1], np.float32), 12)
+    env.begin()
+    person = real_robot.Person.__new__(real_robot.Person)
+    keys = {"ask": said.append, "say": said.append, "keys": lambda: next(typed), "driving": True, "close": lambda: None}
+    person.keyboard = person.driver = type(
+        "Keys", (), {k: staticmethod(v) if callable(v) else v for k, v in keys.items()}
+    )
+    env.scene, env.episodes = person, 1
+    with pytest.raises(Fault, match="operator stopped") as fault:
+        person.prepare(env, 0)
+    assert fault.value.person and len(said) == 1 and "goes home" in said[0] and not person.driver.driving
+    env.hold()
+    assert np.linalg.norm(env.place - LIMITS.home) > 0.05
+    env.close()
+
+
+def test_sigterm_holds_the_arm():
+    """A process that is told to end, as training ends its robot's, holds the arm first."""
+    server = panda.Server(port=0, clock="realtime")
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    code = (
+        "from domains import panda; env = panda.make('pick-red-block'); env.reset(seed=0); print('on', flush=True)\n"
+        "try:\n    while True: env.step([0, 0.5, 0, 0, 0, 0, 1])\nfinally: env.close()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "ROBOT_URL": server.url}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "on\n"
+    time.sleep(0.5)
+    link = Link(server.url)
+    off = lambda: np.abs(np.array(link.json("sim/look")["target"]) - link.json("getpos")["pose"][:3]).max()  # noqa: E731
+    assert off() > 0.008  # on its way
+    process.terminate()
+    assert "overruns" in process.communicate(timeout=20)[0] and process.returncode == 1
+    time.sleep(0.3)
+    assert off() < 0.005
+    link.close()
+    server.stop()
+    thread.join(10)
+
+
+def test_a_robot_that_is_described_is_named(monkeypatch):
+    """Without ROBOT_URL nothing else about a robot may be set, for it would be simulated; values are checked."""
+    for name, value, says in (
+        ("FRONT", "opencv:0", "ROBOT_URL is not"), ("GRIPPER", "sreal", "hil-serl"), ("TAKEOVER", "key", "spacemouse"),
+        ("TAKEOVER", "keys", "ROBOT_REWARD"),
+    ):  # fmt: skip
+        monkeypatch.setenv(f"ROBOT_{name}", value)
+        assert says in refused(panda.make, "pick-can")
+        monkeypatch.setenv("ROBOT_URL", "http://127.0.0.1:1/")
+        monkeypatch.delenv(f"ROBOT_{name}") if name == "FRONT" else None
+        monkeypatch.setenv(f"ROBOT_{name}", "") if name != "FRONT" else None
+
+
 def test_keys():
     """What is typed is read without waiting; `ask` waits for Enter; closing gives the terminal back as it was."""
     person, terminal = pty.openpty()
     before = termios.tcgetattr(terminal)
     keys = real_robot.Keyboard(os.ttyname(terminal))
-    assert keys.keys() == ""
+    assert b"space: stop" in os.read(person, 1000) and keys.keys() == ""
     os.write(person, b"wy")
     assert keys.keys() == "wy" and keys.keys() == ""
     threading.Timer(0.2, os.write, (person, b"x\n")).start()
@@ -678,7 +746,7 @@ def test_reward_classifier(tmp_path):
     real_robot.classifier(str(tmp_path), str(tmp_path / "reward.safetensors"), steps=60)
     judge = real_robot.Classifier(tmp_path / "reward.safetensors")
     good, bad = np.full((32, 32, 3), 170, np.uint8), np.full((32, 32, 3), 80, np.uint8)
-    at = lambda height: type("R", (), {"place": [0.5, 0, height]})  # noqa: E731
+    at = lambda height: type("R", (), {"place": [0.5, 0, height], "limits": LIMITS})  # noqa: E731
     verdicts = [judge.success(at(z), x) for z, x in ((0.2, bad), (0.2, good), (0.2, good), (0.02, good), (0.2, good))]
     assert verdicts == [False, False, True, False, False]
     assert "pictures" in refused(real_robot.classifier, str(tmp_path / "none"), "x")
