@@ -8,7 +8,8 @@ An episode is one safetensors file (the whole interface between collecting, RL a
                                   mean; what was executed may have had noise on top (see stage0_sft.py, stage_rl.py)
     reward (T,) float32           1 where the decision succeeded, else 0
     header: strings               format, domain, task, instruction, source (expert or online), success, seed,
-                                  protocol (the domain's, JSON; null where nobody knows it), versions (JSON)
+                                  executed (1: `action` is what was done, as SACfD and a robot store it), protocol
+                                  (the domain's, JSON; null where nobody knows it), versions (JSON)
 
 Frames are read when they are used: a data set of any size costs memory only for those of a batch.
 
@@ -52,10 +53,13 @@ RL_SEED = 2_000_000  # stage 1's training environments
 EVAL_SEED = 9_000_000  # evaluation: the same episodes at every stage and for every method
 
 
-def write_episode(path, image, action, reward, *, domain, task, instruction, source, seed, protocol, made_by=None):
+def write_episode(
+    path, image, action, reward, *, domain, task, instruction, source, seed, protocol, executed=False, made_by=None
+):
     """Write one episode whole or not at all.
 
-    image (T, H, W, 3) uint8, action (T, A) float32 in [-1, 1], reward (T,) float32. made_by: versions, if not these.
+    image (T, H, W, 3) uint8, action (T, A) float32 in [-1, 1], reward (T,) float32. executed: is `action` what was
+    done? Else it is what expert or policy would do, without the noise. made_by: versions, if not these.
     Raises ValueError for what is not an episode (shapes, NaN), Refusal when the disk is full.
     """
     image, action = np.ascontiguousarray(image, np.uint8), np.ascontiguousarray(action, np.float32)
@@ -66,7 +70,8 @@ def write_episode(path, image, action, reward, *, domain, task, instruction, sou
         raise ValueError(f"{path}: actions must be finite and in [-1, 1]")
     header = {
         "format": FORMAT, "domain": domain, "task": task, "instruction": instruction, "source": source,
-        "success": str(int(reward.max() > 0)), "seed": str(seed), "protocol": json.dumps(protocol, sort_keys=True),
+        "success": str(int(reward.max() > 0)), "seed": str(seed), "executed": str(int(executed)),
+        "protocol": json.dumps(protocol, sort_keys=True),
         "versions": json.dumps(made_by or versions()),
     }  # fmt: skip
     with whole(path) as tmp:
@@ -339,6 +344,7 @@ def import_lerobot(dataset, domain, data, task, image_size, image_key, action_ke
             reward = [float(frame["next.reward"]) for frame in episode]
             about = {key: header[key] for key in ("domain", "task", "instruction", "source", "seed")}
             about |= {"protocol": json.loads(header["protocol"]), "made_by": json.loads(header["versions"])}
+            about |= {"executed": header.get("executed") == "1"}
         else:
             # a thousand numbers for each --dataset, so that two of a task do not get in each other's way
             seed = IMPORT_SEED + 1000 * (zlib.crc32(name.encode()) % 800) + e

@@ -23,7 +23,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from tqdm import tqdm
 
 from data import EVAL_SEED
-from model import VLA, load_domain
+from model import VLA, checkpoint_config, load_domain
 
 gym.logger.min_level = 50  # above ERROR: what goes wrong in a simulator is raised here, which is enough
 
@@ -212,9 +212,15 @@ def evaluate_stage(folder, domain, episodes, device, envs=16, vla=None):
     if episodes and not path.exists():
         vla = vla or VLA.load(folder, domain.__name__.split(".")[-1], device)
         tasks = evaluate(vla, domain, all_tasks(domain), episodes, envs, f"evaluate {path.parent.name}")
-        write_json(path, {"protocol": domain.PROTOCOL, "eval_seed": EVAL_SEED, "versions": versions(), "tasks": tasks})
+        write_json(path, record(vla, domain, tasks))
     if path.exists():
         print(f"{path.parent}: {summary(read_json(path)['tasks'], domain)}")
+
+
+def record(vla, domain, tasks):
+    """eval.json: what was evaluated, and under what."""
+    protocol = {**domain.PROTOCOL, "image_size": vla.config["image_size"]}
+    return {"protocol": protocol, "eval_seed": EVAL_SEED, "versions": versions(), "tasks": tasks}
 
 
 def finished(stage, domain, args, device, envs=16):
@@ -264,8 +270,9 @@ def film(vla, domain, tasks, episodes, path):
 
 def story(args):
     torch.set_num_threads(args.threads)
-    config = read_json(Path(args.checkpoint) / "config.json")
-    domain = load_domain(config["domain"])
+    if min(args.episodes, args.envs) < 1:
+        raise Refusal("--episodes and --envs count from 1")
+    domain = load_domain(checkpoint_config(args.checkpoint)["domain"])
     vla = VLA.load(args.checkpoint, device=pick_device(args.device))
     tasks = list(args.tasks) or all_tasks(domain)
     if args.video:
@@ -278,7 +285,7 @@ def story(args):
     print(summary(result, domain))
     out = args.out or (Path(args.checkpoint) / "eval.json" if not args.tasks else None)
     if out:
-        write_json(out, {"protocol": domain.PROTOCOL, "eval_seed": EVAL_SEED, "versions": versions(), "tasks": result})
+        write_json(out, record(vla, domain, result))
 
 
 if __name__ == "__main__":

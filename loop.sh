@@ -27,8 +27,12 @@ if [ $# -ne 2 ] || ! [[ $2 =~ ^[0-9]+$ ]]; then
   sed -n '2,22s/^# \{0,1\}//p' "$0"
   exit 2
 fi
+AGAIN= # what a stopped stage tells the user to give again
+for NAME in RUN SEED METHOD START SFT_LAUNCH SFT_ARGS RL VLM SMOKE PYTHON; do
+  [ -z "${!NAME:-}" ] || AGAIN+="$NAME=$(printf %q "${!NAME}") "
+done
+export AGAIN+="bash loop.sh $1 $2"
 DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-} METHOD=${METHOD:-ire-vla} START=${START:-}
-export AGAIN="bash loop.sh $DOMAIN $ROUNDS" # what a stopped stage tells the user to give again
 NAME=$DOMAIN-$METHOD-seed$SEED${SMOKE:+-smoke}
 OUT=runs/${RUN:-${NAME/-ire-vla-seed/-seed}}
 
@@ -51,7 +55,11 @@ case $METHOD in
   *) echo "error: unknown METHOD $METHOD: known are ire-vla, ire-vla-freeze, ppo-replay, sft-only" >&2 && exit 2 ;;
 esac
 if [ -n "$START" ] && [ ! -d "$OUT/0-sft" ]; then
-  mkdir -p "$OUT" && cp -r "$START" "$OUT/.0-sft.copy" && mv "$OUT/.0-sft.copy" "$OUT/0-sft"
+  [ -f "$START/config.json" ] || { echo "error: START=$START is no checkpoint: give a finished 0-sft" >&2 && exit 2; }
+  mkdir -p "$OUT"
+  rm -rf "$OUT/.0-sft.copy" # a copy that was interrupted
+  cp -r "$START" "$OUT/.0-sft.copy"
+  mv "$OUT/.0-sft.copy" "$OUT/0-sft"
 fi
 
 "$PYTHON" plan.py --run "$OUT" --data "$DATA" --domain "$DOMAIN" --rounds "$ROUNDS" --seed "$SEED" --vlm "$VLM" \
@@ -73,4 +81,4 @@ for ((i = 1; i <= ROUNDS; i++)); do
   PARENT=$i-sft
 done
 
-"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN" --seed "$SEED" --vlm "$VLM" --method "$METHOD"
+"$PYTHON" report.py --run "$OUT" --domain "$DOMAIN"

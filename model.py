@@ -59,9 +59,10 @@ from run import Refusal, ranks, read_json, read_tensors, together, versions, wri
 
 hf_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks transformers by an old name
+LANGUAGE = r".*language_model.*\.([qkv]_proj|out_proj|fc1|fc2|[qkvo]|wi(_[01])?|wo)"  # OPT's names, and T5's
 LORA_TARGETS = {  # regular expressions on module names
-    "all": r"(.*\.)?(qkv|projection|fc1|fc2|query|key|value|dense|language_projection|[qkv]_proj|out_proj)",
-    "language": r".*language_model.*\.([qkv]_proj|out_proj|fc1|fc2)",
+    "all": rf"(.*\.)?(qkv|projection|fc1|fc2|query|key|value|dense|language_projection|out_proj)|{LANGUAGE}",
+    "language": LANGUAGE,
 }
 
 
@@ -316,7 +317,7 @@ class VLA(nn.Module):
         folder = Path(snapshot(folder) if on_hub(folder) else folder)
         if not folder.is_dir():
             raise Refusal(f"{folder} is not a checkpoint folder: give the path of one, such as runs/<name>/0-sft")
-        config = read_json(folder / "config.json")
+        config = checkpoint_config(folder)
         if domain is not None and config["domain"] != domain:
             raise Refusal(f"{folder} was trained on {config['domain']}, not {domain}: give a checkpoint of {domain}")
         heads, _ = read_tensors(folder / "heads.safetensors")
@@ -340,6 +341,14 @@ class VLA(nn.Module):
             )
         vla.load_state_dict(heads, strict=False)
         return vla.to(device)
+
+
+def checkpoint_config(folder):
+    """A checkpoint's config.json. Raises Refusal for a folder that is no checkpoint of this project."""
+    config = read_json(Path(folder) / "config.json")
+    if not {"domain", "weights", "action_dim"} <= set(config):
+        raise Refusal(f"{folder} holds no policy of this project: give a checkpoint, such as runs/<name>/0-sft")
+    return config
 
 
 def cast_once(vlm, once=True):
@@ -389,11 +398,15 @@ def load_vlm(folder, config, train_whole):
             read_json(source / name)
         read_tensors(source / "model.safetensors")
     try:
-        vlm = Blip2ForConditionalGeneration.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        vlm, found = Blip2ForConditionalGeneration.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = BlipImageProcessorPil.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise no_blip2(source, error) from error
+    if missing := found["missing_keys"]:
+        raise Refusal(f"{source} lacks {min(missing)} and {len(missing) - 1} more tensors: restore it, or use another")
     if not torch.cuda.is_available() and config["dtype"] == "bfloat16":
         vlm.set_attn_implementation("eager")  # torch's fused attention trains 2.5 times slower so at these lengths
     return vlm.eval(), tokenizer, image_processor  # eval: no dropout, so that h is a function of o and l alone

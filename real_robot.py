@@ -946,7 +946,7 @@ def collect(checkpoint: str, task: str, out: str, successes: int = 20, frames: s
         if success:
             write_episode(
                 out / f"{seed - ONLINE_SEED:06d}.safetensors", **episode, domain="panda", task=task,
-                instruction=domain.INSTRUCTIONS[task], source="online", seed=seed,
+                instruction=domain.INSTRUCTIONS[task], source="online", seed=seed, executed=True,
             )  # fmt: skip
             have += 1
             print(f"{have} of {successes} successes in {out}", flush=True)

@@ -22,7 +22,7 @@ import tyro
 from scipy.stats import binomtest
 
 from evaluate import all_tasks, splits, wilson
-from model import load_domain, on_hub
+from model import checkpoint_config, load_domain, on_hub
 
 # Of a row's stages together. A stage of an earlier version may lack one; then the row has no such number.
 COSTS = {"seconds": sum, "env_steps": sum, "vlm_forwards": sum, "peak_gb": max}
@@ -35,15 +35,25 @@ class Args:
     curves: tuple[str, ...] = ()  # instead: success over environment steps of these RL stages, as the paper's Fig. 4
     out: str = "."  # where --table writes table.md, and --curves curves.png
     domain: str = ""  # domains/<name>.py; empty: what the run's first checkpoint says
-    seed: int = 0  # the run's, for the record
-    vlm: str = "tiny"  # the run's, for the record
-    method: str = "ire-vla"  # the name of the run's row in a table of several runs
 
 
 def stage_order(folder):
     """Finished stages in the order of Algorithm 1: 0-sft, 1-rl-..., 1-sft, 2-rl-..., ..."""
     stages = [p for p in Path(folder).glob("[0-9]*-*") if p.is_dir() and "-" in p.name]
     return sorted(stages, key=lambda p: (int(p.name.split("-")[0]), "rl" not in p.name))
+
+
+def method_and_seed(stages):
+    """(loop.sh's METHOD and SEED) of a run, by what its stages were started with."""
+    given = [read_json(stage / "stage.json")["args"] for stage in stages]
+    method = "ire-vla"
+    if any(args.get("train_vlm") for args in given):
+        method = "ppo-replay"
+    elif any(args.get("freeze_vlm") for args in given):
+        method = "ire-vla-freeze"
+    elif len(stages) > 1 and not any("-rl-" in stage.name for stage in stages):
+        method = "sft-only"
+    return method, given[-1]["seed"]
 
 
 def costs(stages):
@@ -56,16 +66,18 @@ def report(args):
     stages = stage_order(args.run)
     if not stages:
         raise Refusal(f"{args.run} has no finished stage: run loop.sh first, or give another --run")
-    domain = load_domain(args.domain or read_json(stages[0] / "config.json")["domain"])
+    config, (method, seed) = checkpoint_config(stages[0]), method_and_seed(stages)
+    domain = load_domain(args.domain or config["domain"])
     rows, protocol, spent = [], None, []
     for stage in stages:
         spent.append(read_json(stage / "summary.json"))
         if not (stage / "eval.json").exists():
             continue  # it has no row; its cost goes into the next one
         evaluated = read_json(stage / "eval.json")
-        if protocol not in (None, evaluated["protocol"]):
+        under = {"image_size": config["image_size"], **evaluated["protocol"]}  # an older eval.json does not say it
+        if protocol not in (None, under):
             raise Refusal(f"{stage}/eval.json has another protocol than the stages before it: evaluate again")
-        protocol = evaluated["protocol"]
+        protocol = under
         count = lambda names: {  # noqa: E731
             "successes": sum(sum(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
             "episodes": sum(len(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
@@ -81,7 +93,7 @@ def report(args):
     if not rows:
         raise Refusal(f"no stage of {args.run} was evaluated: python evaluate.py --checkpoint {stages[-1]}, then again")
     return {
-        "domain": domain.__name__.split(".")[-1], "method": args.method, "seed": args.seed, "vlm": args.vlm,
+        "domain": domain.__name__.split(".")[-1], "method": method, "seed": seed, "vlm": config["vlm"],
         "versions": versions(), "protocol": protocol, "stages": rows,
     }  # fmt: skip
 
@@ -203,8 +215,10 @@ def table(folders):
     columns = {"expert": domain.EXPERT_TASKS, **{t: [t] for t in domain.RL_TASKS}}
     columns |= {"RL tasks": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
     rows = {"SFT (stage 0)": {r["seed"]: (r, r["stages"][0]) for r in reports}}
-    for r in reports:
-        rows.setdefault(r["method"], {})[r["seed"]] = (r, r["stages"][-1])
+    for folder, r in zip(folders, reports):
+        if r["seed"] in (row := rows.setdefault(r["method"], {})):
+            raise Refusal(f"{folder} is a second {r['method']} of seed {r['seed']}: leave one of them out")
+        row[r["seed"]] = (r, r["stages"][-1])
 
     def cell(entries, names):
         k = [sum(s["tasks"][t]["successes"] for t in names) for _, s in entries]

@@ -5,11 +5,12 @@ Every stage of the paper's Algorithm 1 trains inside `runs/<name>/.<stage>.parti
 `runs/<name>/<stage>/` when it is done, so a folder with its final name is always complete. In between it saves one
 `state.safetensors` (weights, optimizer moments, counters). No generator state is stored: every random draw of a stage
 comes from a generator seeded by (seed, step), so step 1000 draws the same numbers whether or not step 999 was run in
-this process. Nothing here, and nothing in the project, is read with pickle.
+this process; only simulators, which cannot be stored, begin new episodes. Nothing in the project is read with pickle.
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -64,8 +65,8 @@ def main(story, args):
         story(args)
     except Refusal as refusal:
         sys.exit(f"error: {refusal}")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if not disk_is_full(error):
             raise
         sys.exit(f"error: no space left on the disk of {Path.cwd()}: free some. {again()}")
     except KeyboardInterrupt:
@@ -79,6 +80,11 @@ def main(story, args):
 # Files
 
 
+def disk_is_full(error):
+    """Is that what an OSError or a SafetensorError says?"""
+    return "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+
+
 @contextlib.contextmanager
 def whole(path):
     """Write a file beside its place, flush it, rename it: `with whole(path) as tmp: write(tmp)`.
@@ -90,23 +96,38 @@ def whole(path):
     tmp = path.with_name(f".{path.name}.tmp")
     try:
         yield tmp
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
+        flush(tmp)
         os.replace(tmp, path)
-        flush_folder(path.parent)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
-        if "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+        if disk_is_full(error):
             raise Refusal(f"no space left while writing {path}: free some and give the same command again") from error
         raise
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def flush_folder(folder):
-    """Make a rename inside `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
+def flush(path):
+    """Make a file's content, or a rename inside a folder, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Make the folder where it is missing, and wait until no other process is in here with it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is at work in {folder}", flush=True)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def write_json(path, value):
@@ -118,7 +139,7 @@ def read_json(path):
     """A JSON file's value. Raises Refusal when it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Refusal(f"{path} is missing, so its folder is no whole checkpoint: use another") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Refusal(f"{path} is not JSON ({error}): restore it, or delete its folder and train again") from error
@@ -170,8 +191,8 @@ class Stage:
     """One stage of a run, `runs/<name>/<stage>/`, resumable until it is finished.
 
     args: the stage's arguments, a dataclass with `out`, the final folder, and perhaps `parent`. `decides` are those
-    that decide the result: others, or another parent, are refused for the same folder. unused: arguments that this
-    stage does without, such as another algorithm's.
+    that decide the result: others, or another parent, are refused for the same folder once it has a state. unused:
+    arguments that this stage does without, such as another algorithm's.
     `done` is True when the folder exists already: the caller returns at once. Of several processes, rank 0 writes.
     """
 
@@ -182,8 +203,11 @@ class Stage:
         self.done = self.out.is_dir()
         parent = getattr(args, "parent", None)  # beside `out`, wherever the run's folder may have been moved
         kind, args = type(args), self.decides | {"parent": parent and os.path.relpath(parent, self.out.parent)}
+        if not 0 <= (seed := args.get("seed", 0)) < 600:  # RL's initial states of later ones are the evaluation's
+            raise Refusal(f"--seed {seed} cannot be: give one of 0 to 599")
         record = (self.out if self.done else self.folder) / "stage.json"
-        if record.exists():
+        begun = self.done or (self.folder / "state.safetensors").exists()
+        if record.exists() and begun:
             old = read_json(record)["args"]
             old = {k: getattr(kind, k, None) for k in args} | old  # an argument newer than the record had its default
             differ = [k for k in old if k not in unused and old[k] != args.get(k)]
@@ -195,7 +219,7 @@ class Stage:
                 )
         together()  # everyone has seen what there was
         self.writes = ranks()[0] == 0
-        if not record.exists() and not self.done and self.writes:
+        if not begun and self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(record, {"args": args, "versions": versions()})
         self.writer, self.saved_at, self.began = None, time.time(), time.time()
@@ -263,9 +287,10 @@ class Stage:
             self.writer.close()
         cost = {"seconds": round(self.elapsed(), 1), "peak_gb": self.peak_gb()}
         write_json(self.folder / "summary.json", {**cost, **summary})
-        flush_folder(self.folder)
+        for path in [p for p in self.folder.rglob("*") if p.name != "state.safetensors"] + [self.folder]:
+            flush(path)
         os.replace(self.folder, self.out)
-        flush_folder(self.out.parent)
+        flush(self.out.parent)
         (self.out / "state.safetensors").unlink(missing_ok=True)
 
 

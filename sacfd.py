@@ -196,11 +196,13 @@ class Replay:
         return i, (h, self.action[t, n], ret, discount, after, weight / weight.max())
 
     def write(self, folder):
-        """Add the rows since the last time to the folder, a file of their own."""
+        """Add the rows since the last time to the folder, a file of their own, and put all priorities into another."""
         if self.t > self.written:
+            with whole(Path(folder) / "priority.safetensors") as tmp:
+                save_file({"priority": self.priority[: self.t].cpu().clone()}, tmp)
             part = slice(self.written, self.t)
             rows = {name: getattr(self, name)[part].cpu().clone() for name in self.NAMES}
-            rows |= {"h_after": self.h[self.t].cpu().clone(), "drawn": (self.priority[part] > 0).cpu()}
+            rows["h_after"] = self.h[self.t].cpu().clone()
             with whole(Path(folder) / f"replay-{self.written:08d}.safetensors") as tmp:
                 save_file(rows, tmp)
             self.written = self.t
@@ -216,16 +218,25 @@ class Replay:
             end = begin + len(part["reward"])
             for name in self.NAMES:
                 getattr(self, name)[begin:end] = part[name]
-            self.h[end], self.priority[begin:end] = part["h_after"], part["drawn"].float()
+            self.h[end] = part["h_after"]
             self.t = self.written = end
+        if self.t:
+            tensors, _ = read_tensors(Path(folder) / "priority.safetensors")
+            self.priority[: self.t] = tensors["priority"][: self.t]
         if self.t:  # what was going on when the run stopped is over: unseen, as with a time-out
             self.trunc[self.t - 1] = torch.maximum(self.trunc[self.t - 1], 1 - self.term[self.t - 1])
 
 
+def executed(folder):
+    """The episodes in `folder` whose actions were executed, as open files. Those that a stage 1 records at its end are
+    not: they hold the policy's mean, and what was done was that and noise, so no critic can learn from them."""
+    opened = [open_episode(Path(folder) / f"{k:06d}.safetensors") for k in attempts(folder)]
+    return [episode for episode, header in opened if header.get("executed", "1") == "1"]  # older files do not say
+
+
 def demonstrations(vla, folder, encode):
-    """A Replay of the episodes in `folder`, one after the other; None where there are none: then all is online."""
-    episodes = [open_episode(Path(folder) / f"{k:06d}.safetensors")[0] for k in attempts(folder)]
-    demos = None
+    """A Replay of the executed episodes in `folder`, one after the other; None without any: then all is online."""
+    demos, episodes = None, executed(folder)
     for episode in episodes:
         reward = torch.from_numpy(episode.get_tensor("reward"))
         image = episode.get_tensor("image")
@@ -272,7 +283,6 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
     envs = simulators(fns, vla, AutoresetMode.NEXT_STEP)  # rows as in stage_rl.py
     seed = RL_SEED + 10_000 * args.seed + counters["iteration"]  # a resumed run does not repeat its first episodes
     bar = tqdm(desc=f"SACfD {args.task}", total=budget, initial=counters["env_steps"], smoothing=0.1, unit="step")
-    generator = torch.Generator().manual_seed(hash((args.seed, counters["iteration"])) & 0x7FFFFFFF)
     over, began_at, owed = torch.zeros(N, device=device), np.full(N, replay.t), 0.0
     try:
         obs, _ = envs.reset(seed=[seed + 1000 * i for i in range(N)])
@@ -283,6 +293,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
             replay.h[0] = encode(obs)
         while counters["env_steps"] < budget:
             began, before, stats, t_update = time.time(), counters["env_steps"], [], 0.0
+            generator = torch.Generator().manual_seed(hash((args.seed, counters["iteration"])) & 0x7FFFFFFF)
             for _ in range(100):
                 # ----------------------------------------------------------------------
                 # one decision in N simulators; while they step, the gradient steps owed for the ones before

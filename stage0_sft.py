@@ -25,6 +25,7 @@ python stage0_sft.py --domain NAME --out runs/NAME-seed0/0-sft        2 CPU core
 from run import (  # isort: skip  first, for Ctrl-C while torch is imported
     Refusal,
     Stage,
+    alone_in,
     load_optimizer,
     main,
     mean_over_ranks,
@@ -41,6 +42,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -59,8 +61,8 @@ class Args:
     out: str  # the checkpoint to write, e.g. runs/<name>/0-sft
     data: str = "runs/D_e"  # expert episodes: <data>/<domain>/<task>/, shared by all runs
     vlm: str = "tiny"  # tiny, a local BLIP-2 folder, or a hub name such as Salesforce/blip2-opt-2.7b
-    demos: int | None = None  # successful expert episodes of each task; None: the domain's DEMOS
-    noise: float | None = None  # deviation of the noise on what the expert does; None: the domain's NOISE
+    demos: int | None = None  # successful expert episodes of each task that D_e holds at least; None: domain's DEMOS
+    noise: float | None = None  # deviation of the noise on what is recorded now; None: the domain's NOISE
     kicks: float | None = None  # chance of each decision to begin 2 to 5 random ones; None: the domain's KICKS
     image_size: int = 64  # pixels of the square camera image, in D_e and everywhere after it
     steps: int | None = None  # optimizer steps; None: the domain's STEPS
@@ -72,8 +74,8 @@ class Args:
     accumulate: int = 1  # parts of each batch that pass the VLM one after the other; the same gradient, less memory
     checkpointing: bool = False  # compute the VLM's layers again in the backward pass: less memory, more time
     lora_rank: int = 32  # of a pre-trained VLM's LoRA
-    lora_targets: str = "all"  # all linear layers, or those of the language model only
-    dtype: str = ""  # of the VLM's arithmetic, bfloat16 or float32; empty: what this machine is fastest with
+    lora_targets: Literal["all", "language"] = "all"  # all linear layers, or those of the language model only
+    dtype: Literal["", "bfloat16", "float32"] = ""  # of the VLM's arithmetic; empty: what this machine does fastest
     episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
     seed: int = 0  # of weights, batches and noise
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
@@ -238,6 +240,9 @@ def train_sft(args, stage, number, domain, data, vla, trained, steps, warmup):
     Raises Refusal when the loss is not finite.
     """
     rank, world = ranks()
+    if args.accumulate < 1 or args.batch % world:
+        raise Refusal(f"--batch {args.batch} for {world} processes, --accumulate {args.accumulate}: each process takes "
+                      f"the same share of a batch, in one part or more")  # fmt: skip
     freeze(vla.parameters())
     freeze(trained, False)
     if args.checkpointing:
@@ -251,6 +256,9 @@ def train_sft(args, stage, number, domain, data, vla, trained, steps, warmup):
 
     tensors, counters = stage.load()
     step = counters.get("step", 0)
+    if (then := counters.get("frames", len(data))) != len(data):
+        raise Refusal(f"{stage.folder} began with {then:,} frames, and now there are {len(data):,}: bring back "
+                      f"those, or delete it to begin anew")  # fmt: skip
     if step:
         for i, p in enumerate(trained):
             p.data.copy_(tensors[f"theta_phi.{i}"])
@@ -293,7 +301,7 @@ def train_sft(args, stage, number, domain, data, vla, trained, steps, warmup):
         if stage.due():
             state = {f"theta_phi.{i}": p.data for i, p in enumerate(trained)}
             state |= {f"average.{i}": p.data for i, p in enumerate(average.module)}
-            stage.save(state | optimizer_tensors(optimizer), {"step": step})
+            stage.save(state | optimizer_tensors(optimizer), {"step": step, "frames": len(data)})
     bar.close()
 
     for p, mean in zip(trained, average.module):
@@ -312,7 +320,8 @@ def story(args):
 
     root = Path(args.data) / args.domain
     if rank == 0:
-        collect(args, domain, root)
+        with alone_in(root):  # another run may be recording the same
+            collect(args, domain, root)
     together()
     data = Episodes({root / task: 1.0 for task in domain.EXPERT_TASKS}, domain, args.image_size)
     sentences = sorted(set(domain.INSTRUCTIONS.values()))

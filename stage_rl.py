@@ -25,7 +25,7 @@ Where the paper is silent or this differs from it:
 python stage_rl.py --task TASK --parent runs/NAME-seed0/0-sft --out runs/NAME-seed0/1-rl-TASK
 """
 
-from run import Refusal, Stage, check_memory, load_optimizer, main, optimizer_tensors, pick_device, read_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, Stage, check_memory, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
 
 import os
 import time
@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 from data import BORROW_SEED, ONLINE_SEED, RL_SEED, attempts, write_episode
 from evaluate import check_task, evaluate_stage, finished, play, simulators
-from model import VLA, Head, describe, freeze, load_domain, log_prob
-from sacfd import Critics, SACfD, squashed, train_sacfd
+from model import VLA, Head, checkpoint_config, describe, freeze, load_domain, log_prob
+from sacfd import Critics, SACfD, executed, squashed, train_sacfd
 from stage0_sft import sft_loss
 
 
@@ -191,7 +191,7 @@ def algo_and_budget(args, domain):
 
 
 def story(args):
-    args.domain = args.domain or read_json(Path(args.parent) / "config.json")["domain"]
+    args.domain = args.domain or checkpoint_config(args.parent)["domain"]
     domain, out = load_domain(args.domain), Path(args.out)
     check_task(args.task, domain)
     algo, budget = algo_and_budget(args, domain)
@@ -252,11 +252,18 @@ def story(args):
     moving = "theta too" if args.train_vlm else "theta frozen"
     print(f"stage 1: Eq. 3 on {args.task} ({instruction!r}) | {describe(vla)}, {moving}")
     folder = out.parent / "D_rl" / args.task
-    if algo == "sacfd" and not counters["iteration"] and (lacking := args.sacfd.demos - len(attempts(folder))) > 0:
-        first = max(attempts(folder), default=-1) + 1
-        made, attempted, decisions = record_successes(args, domain, vla, folder, first, lacking, None)
+    if algo == "sacfd" and not counters["iteration"] and "demonstrated" not in counters:
+        if "first_demo" not in counters:
+            counters["first_demo"] = max(attempts(folder), default=-1) + 1
+            counters["lacking"] = max(0, args.sacfd.demos - len(executed(folder)))
+            save()
+        made, attempted, decisions = record_successes(
+            args, domain, vla, folder, counters["first_demo"], counters["lacking"], None
+        )
         print(f"demonstrations: {made} zero-shot successes of {attempted} attempts, {decisions} decisions, in {folder}")
         counters["env_steps"] += decisions
+        counters["demonstrated"] = True
+        save()
     if not counters["finished"]:
         for _ in learn(args, budget, domain, vla, critic, optimizer, stage, counters, recent, keep_best):
             if stage.due():
@@ -448,7 +455,7 @@ def record_successes(args, domain, vla, folder, first, successes, noise):
                 write_episode(
                     folder / f"{e['seed'] - ONLINE_SEED:06d}.safetensors", e["image"], e["action"], e["reward"],
                     domain=name, task=args.task, instruction=domain.INSTRUCTIONS[args.task], source="online",
-                    seed=e["seed"], protocol=domain.PROTOCOL,
+                    seed=e["seed"], protocol=domain.PROTOCOL, executed=noise is None,
                 )  # fmt: skip
     return len([k for k in attempts(folder) if k >= first]), attempted, decisions
 

@@ -17,18 +17,19 @@ Where the paper is silent or this differs from it:
 python stage_sft.py --parent runs/NAME-seed0/1-rl-TASK --out runs/NAME-seed0/1-sft
 """
 
-from run import Stage, main, pick_device, ranks, read_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Stage, main, pick_device, ranks  # isort: skip  first, for Ctrl-C while torch is imported
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from data import Episodes, attempts
 from evaluate import evaluate_stage, finished
-from model import VLA, load_domain
+from model import VLA, checkpoint_config, load_domain
 from stage0_sft import train_sft
 
 
@@ -40,7 +41,7 @@ class Args:
     domain: str = ""  # domains/<name>.py; empty: the parent's
     rl_weight: float = 1.0  # how often an RL task is drawn, an expert task being 1
     freeze_vlm: bool = False  # train phi alone: iRe-VLA-freeze
-    theta: str = "whole"  # of a VLM without LoRA, train: whole, or lora (added here)
+    theta: Literal["whole", "lora"] = "whole"  # of a VLM without LoRA, train: whole, or lora (added here)
     lora_rank: int = 32  # of that new LoRA
     steps: int = 1400  # optimizer steps
     batch: int = 256  # frames of each step
@@ -57,7 +58,7 @@ class Args:
 
 
 def story(args):
-    args.domain = args.domain or read_json(Path(args.parent) / "config.json")["domain"]
+    args.domain = args.domain or checkpoint_config(args.parent)["domain"]
     domain, out = load_domain(args.domain), Path(args.out)
     rank, stage = ranks()[0], Stage(args)
     device = pick_device(args.device)

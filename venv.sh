@@ -8,6 +8,7 @@ if [ -z "${PYTHON:-}" ]; then
     cp requirements.txt .venv/installed.txt # last, so that an interrupted installation is made again
   fi
 fi
+PATH=$(cd "$(dirname "$PYTHON")" 2>/dev/null && pwd):$PATH # for SFT_LAUNCH="torchrun ..."
 # torch's CPU threads wait for each other asleep, not spinning: with one core taken by something else, spinning makes two
 # threads ten times slower (results/experiments.md).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

@@ -12,7 +12,9 @@ import torch
 from conftest import files, make_vla, refused
 from safetensors.torch import load_file, save_file
 
-from model import VLA, load_domain
+import evaluate
+import stage_sft
+from model import VLA, checkpoint_config, load_domain
 from run import Stage
 
 NEEDED = {
@@ -68,6 +70,18 @@ def test_no_checkpoint_at_all(tmp_path):
     """A path that does not exist, and a folder that is something else, are named."""
     assert "nowhere" in refused(VLA.load, tmp_path / "nowhere")
     assert "config.json" in refused(VLA.load, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
+    assert "no policy" in refused(VLA.load, tmp_path)
+    assert "whole checkpoint" in refused(checkpoint_config, tmp_path / "config.json")
+
+
+def test_a_backbone_without_a_tensor(checkpoint, tmp_path):
+    """What is missing is not made up."""
+    shutil.copytree(checkpoint, tmp_path / "less")
+    tensors = load_file(path := tmp_path / "less/vlm/model.safetensors")
+    name = next(n for n in tensors if n.endswith("q_proj.weight"))
+    save_file({n: x for n, x in tensors.items() if n != name}, path, {"format": "pt"})
+    assert name in refused(VLA.load, tmp_path / "less")
 
 
 def test_another_parent(tmp_path):
@@ -78,7 +92,8 @@ def test_another_parent(tmp_path):
         out: str
         parent: str
 
-    Stage(Args(tmp_path / "run/1-sft", tmp_path / "run/1-rl"))
+    Stage(Args(tmp_path / "run/1-sft", tmp_path / "run/1-typo"))  # as long as nothing is trained this can be mended
+    Stage(Args(tmp_path / "run/1-sft", tmp_path / "run/1-rl")).save({}, {})
     (tmp_path / "run").rename(tmp_path / "moved")
     Stage(Args(tmp_path / "moved/1-sft", tmp_path / "moved/1-rl"))
     said = refused(Stage, Args(tmp_path / "moved/1-sft", tmp_path / "moved/0-sft"))
@@ -94,7 +109,7 @@ def test_what_a_stage_does_not_use(tmp_path):
         lr: float = 1e-4
         sacfd: int = 0
 
-    Stage(Args(tmp_path / "a", sacfd=1))
+    Stage(Args(tmp_path / "a", sacfd=1)).save({}, {})
     Stage(Args(tmp_path / "a", sacfd=2), ["sacfd"])
     assert "sacfd: 1 then, 2 now" in refused(Stage, Args(tmp_path / "a", sacfd=2))
     assert "lr: 0.0001 then" in refused(Stage, Args(tmp_path / "a", lr=1.0), ["sacfd"])
@@ -133,6 +148,9 @@ def test_unknown_names_on_the_command_line(project, checkpoint):
     assert "purple" in said and "blue" in said
     said = one_sentence(project.run("python", "evaluate.py", "--checkpoint", checkpoint, "--device", "cuda:77"))
     assert "cuda:77" in said
+    for more in ({"envs": 0}, {"episodes": 0}):
+        assert "from 1" in refused(evaluate.story, evaluate.Args(checkpoint, **more))
+    assert "--seed 600" in refused(Stage, stage_sft.Args(checkpoint, "runs/unknown", seed=600))
     assert not list((project.folder / "runs").glob("*unknown*"))
 
 

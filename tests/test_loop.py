@@ -120,6 +120,8 @@ def test_the_table_counts_every_episode(tmp_path):
     longer = json.loads((folders[0] / "report.json").read_text())  # a later stage of one run is left out
     write_json(folders[0] / "report.json", longer | {"stages": [*longer["stages"], {**stages[0], "name": "3-sft"}]})
     assert table(folders) == text
+    with pytest.raises(Refusal, match="second sft-only of seed 1"):
+        table([*folders, folders[2]])
     shorter = json.loads((folders[2] / "report.json").read_text())
     write_json(folders[2] / "report.json", shorter | {"stages": shorter["stages"][:1]})
     with pytest.raises(Refusal, match="as many rounds"):
@@ -203,6 +205,8 @@ def test_the_baselines_are_variants_of_the_same_loop(method, stages, flag, stand
     assert all(parses(words) for words in said)
     code, _, err = project.run("bash", "loop.sh", "toy", "1", METHOD="magic", PYTHON=str(fake))
     assert code == 2 and "ppo-replay" in err
+    code, _, err = project.run("bash", "loop.sh", "toy", "1", START="nowhere", PYTHON=str(fake))
+    assert code == 2 and "START=nowhere" in err
 
 
 @pytest.mark.parametrize("command", list(written_commands()))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_vla, refused
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast, T5Config
 
 from model import VLA, TokenLearner
@@ -98,6 +99,8 @@ def test_encode_equals_blip2_forward(language_model, backbone, tmp_path):
         for part in (hf, vla.tokenizer, vla.image_processor):
             part.save_pretrained(tmp_path / "t5")
         vla = make_vla(tmp_path, str(tmp_path / "t5"))
+        adapted = [n for n, m in vla.vlm.named_modules() if isinstance(m, LoraLayer)]
+        assert sum("language_model" in n for n in adapted) == 2 * (6 + 10) < len(adapted)  # q k v o wi wo
     hf.eval()
     images = pictures(32)
     inputs = hf_inputs(vla, images)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from data import attempts, open_episode
 from model import VLA
-from sacfd import RANGE, Critics, Replay, actor_loss, critic_loss, squashed
+from sacfd import RANGE, Critics, Replay, actor_loss, critic_loss, executed, squashed
 
 
 def test_without_noise_the_actor_is_the_sft_policy(tmp_path):
@@ -162,6 +162,7 @@ def test_sacfd_solves_a_problem_with_known_optimum(project, weak):
     old, new = (load_file(f / "vlm/model.safetensors") for f in (weak, out))
     assert all(torch.equal(old[k], new[k]) for k in old)
     folder, start, after = out.parent / "D_rl/blue", VLA.load(weak), VLA.load(out)
+    assert len(executed(folder)) == 20 < len(attempts(folder))  # what the stage records at its end has other actions
     demo, header = open_episode(folder / f"{attempts(folder)[0]:06d}.safetensors")
     h, mask = start.encode(demo.get_tensor("image"), [header["instruction"]] * len(demo.get_tensor("reward")))
     drawn = np.stack([np.random.default_rng((int(header["seed"]), t)).normal(size=2) for t in range(len(h))])
