@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import stage_sft
 from model import VLA, checkpoint_config, load_domain
-from run import Stage
+from run import Stage, alone_in
 
 NEEDED = {
     "whole": [
@@ -98,6 +99,23 @@ def test_another_parent(tmp_path):
     Stage(Args(tmp_path / "moved/1-sft", tmp_path / "moved/1-rl"))
     said = refused(Stage, Args(tmp_path / "moved/1-sft", tmp_path / "moved/0-sft"))
     assert "parent: 1-rl then, 0-sft now" in said
+
+
+def test_one_at_a_time(tmp_path, capsys):
+    """Of two runs that would record the same D_e the second waits, and says so."""
+    seen = []
+
+    def enter(name):
+        with alone_in(tmp_path / "D_e"):
+            seen.append(name)
+
+    with alone_in(tmp_path / "D_e"):
+        second = threading.Thread(target=enter, args=["second"])
+        second.start()
+        second.join(0.3)
+        assert seen == [] and "waiting" in capsys.readouterr().out
+    second.join(5)
+    assert seen == ["second"]
 
 
 def test_what_a_stage_does_not_use(tmp_path):
