@@ -193,7 +193,7 @@ def test_torchrun_caches_accumulates_and_checkpoints(backbone, project, toy):
 def test_memory_flags_may_change_when_a_stage_goes_on(tmp_path):
     """A stage that ran out of memory goes on with --accumulate; one from before --cache existed goes on without it."""
     out = str(tmp_path / "0-sft")
-    Stage(Args("toy", out))
+    Stage(Args("toy", out)).save({}, {})
     record = tmp_path / ".0-sft.partial/stage.json"
     value = json.loads(record.read_text())
     del value["args"]["cache"]
