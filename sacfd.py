@@ -223,7 +223,7 @@ class Replay:
         if self.t:
             tensors, _ = read_tensors(Path(folder) / "priority.safetensors")
             self.priority[: self.t] = tensors["priority"][: self.t]
-        if self.t:  # what was going on when the run stopped is over: unseen, as with a time-out
+            # what was going on when the run stopped is over: unseen, as with a time-out
             self.trunc[self.t - 1] = torch.maximum(self.trunc[self.t - 1], 1 - self.term[self.t - 1])
 
 

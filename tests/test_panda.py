@@ -705,15 +705,15 @@ def test_sigterm_holds_the_arm():
 
 def test_a_robot_that_is_described_is_named(monkeypatch):
     """Without ROBOT_URL nothing else about a robot may be set, for it would be simulated; values are checked."""
-    for name, value, says in (
-        ("FRONT", "opencv:0", "ROBOT_URL is not"), ("GRIPPER", "sreal", "hil-serl"), ("TAKEOVER", "key", "spacemouse"),
-        ("TAKEOVER", "keys", "ROBOT_REWARD"),
+    some = "http://127.0.0.1:1/"
+    for url, name, value, says in (
+        ("", "FRONT", "opencv:0", "ROBOT_URL is not"), (some, "GRIPPER", "sreal", "hil-serl"),
+        (some, "TAKEOVER", "key", "spacemouse"), (some, "TAKEOVER", "keys", "ROBOT_REWARD"),
     ):  # fmt: skip
-        monkeypatch.setenv(f"ROBOT_{name}", value)
-        assert says in refused(panda.make, "pick-can")
-        monkeypatch.setenv("ROBOT_URL", "http://127.0.0.1:1/")
-        monkeypatch.delenv(f"ROBOT_{name}") if name == "FRONT" else None
-        monkeypatch.setenv(f"ROBOT_{name}", "") if name != "FRONT" else None
+        with monkeypatch.context() as one:
+            one.setenv("ROBOT_URL", url)
+            one.setenv(f"ROBOT_{name}", value)
+            assert says in refused(panda.make, "pick-can")
 
 
 def test_keys():
