@@ -15,14 +15,9 @@ if [ $# -ne 2 ]; then
   sed -n '2,10s/^# \{0,1\}//p' "$0"
   exit 2
 fi
-AGAIN=
-for NAME in SEED RL PYTHON; do
-  [ -z "${!NAME:-}" ] || AGAIN+="$NAME=$(printf %q "${!NAME}") "
-done
-export AGAIN+="bash fig4.sh $1 $2"
+GIVEN="SEED RL PYTHON" source venv.sh
 DOMAIN=$1 START=$2 SEED=${SEED:-0}
 OUT=runs/fig4-$DOMAIN-seed$SEED
-source venv.sh
 
 "$PYTHON" stage0_sft.py --domain "$DOMAIN" --out "$OUT/untrained" --seed "$SEED" --steps 0 --episodes 0
 FOLDERS=()

@@ -27,16 +27,10 @@ if [ $# -ne 2 ] || ! [[ $2 =~ ^[0-9]+$ ]]; then
   sed -n '2,22s/^# \{0,1\}//p' "$0"
   exit 2
 fi
-AGAIN= # what a stopped stage tells the user to give again
-for NAME in RUN SEED METHOD START SFT_LAUNCH SFT_ARGS RL VLM SMOKE PYTHON; do
-  [ -z "${!NAME:-}" ] || AGAIN+="$NAME=$(printf %q "${!NAME}") "
-done
-export AGAIN+="bash loop.sh $1 $2"
+GIVEN="RUN SEED METHOD START SFT_LAUNCH SFT_ARGS RL VLM SMOKE PYTHON" source venv.sh
 DOMAIN=$1 ROUNDS=$2 SEED=${SEED:-0} VLM=${VLM:-tiny} SMOKE=${SMOKE:-} METHOD=${METHOD:-ire-vla} START=${START:-}
 NAME=$DOMAIN-$METHOD-seed$SEED${SMOKE:+-smoke}
 OUT=runs/${RUN:-${NAME/-ire-vla-seed/-seed}}
-
-source venv.sh
 
 # A smoke run is the same commands with small numbers. Its D_e is its own, so that a real run never trains on it.
 STAGE0="" RL=${RL:-} SFT="" DATA=runs/D_e

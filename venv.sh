@@ -1,4 +1,13 @@
-# Sourced by loop.sh and test.sh: sets PYTHON to an interpreter that has requirements.txt, making .venv on first use.
+# Sourced by loop.sh, fig4.sh and test.sh: sets PYTHON to an interpreter that has requirements.txt, making .venv on first
+# use. With GIVEN, the variables that a script takes from the environment, it also exports AGAIN: what a stopped stage
+# tells the user to give again.
+if [ -n "${GIVEN:-}" ]; then
+  AGAIN=
+  for NAME in $GIVEN; do
+    [ -z "${!NAME:-}" ] || AGAIN+="$NAME=$(printf %q "${!NAME}") "
+  done
+  export AGAIN+="bash $(basename "$0") $*"
+fi
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=.venv/bin/python
   if ! cmp -s requirements.txt .venv/installed.txt; then
