@@ -31,9 +31,9 @@ COSTS = {"seconds": sum, "env_steps": sum, "vlm_forwards": sum, "peak_gb": max}
 @dataclass
 class Args:
     run: str = ""  # the run's folder
-    table: tuple[str, ...] = ()  # instead: put the reports of these folders side by side, as the paper's Table I
+    table: tuple[str, ...] = ()  # instead: these folders' reports side by side, as the paper's Table I and Fig. 5
     curves: tuple[str, ...] = ()  # instead: success over environment steps of these RL stages, as the paper's Fig. 4
-    out: str = "."  # where --table writes table.md, and --curves curves.png
+    out: str = "."  # where --table writes table.md and .png, and --curves curves.png
     domain: str = ""  # domains/<name>.py; empty: what the run's first checkpoint says
 
 
@@ -195,11 +195,10 @@ def picture(r, domain, path):
     plt.close(fig)
 
 
-def table(folders):
-    """The methods side by side after the last stage that all have, beside stage 0 ("SFT"): table.md's text.
-
-    Seeds are pooled: k successes of n episodes, Wilson's interval, and the mean's spread over seeds. Raises Refusal for
-    reports of different protocols, or that have no stage after stage 0 in common: they cannot be compared.
+def side_by_side(folders):
+    """The methods of several reports after the last stage that all have, beside stage 0 ("SFT"): (domain, that stage's
+    name, {method: {seed: (report, the stage)}}), each report up to that stage. Raises Refusal for reports of different
+    protocols, or that have no stage after stage 0 in common: they cannot be compared.
     """
     reports = [read_json(Path(folder) / "report.json") for folder in folders]
     for r, folder in zip(reports, folders):
@@ -211,24 +210,34 @@ def table(folders):
         raise Refusal(f"{', '.join(map(str, folders))} share no stage after 0-sft: evaluate runs of as many rounds")
     for r, n in zip(reports, names):
         r["stages"] = r["stages"][: n.index(common[-1]) + 1]
-    domain = load_domain(reports[0]["domain"])
-    columns = {"expert": domain.EXPERT_TASKS, **{t: [t] for t in domain.RL_TASKS}}
-    columns |= {"RL tasks": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
     rows = {"SFT (stage 0)": {r["seed"]: (r, r["stages"][0]) for r in reports}}
     for folder, r in zip(folders, reports):
         if r["seed"] in (row := rows.setdefault(r["method"], {})):
             raise Refusal(f"{folder} is a second {r['method']} of seed {r['seed']}: leave one of them out")
         row[r["seed"]] = (r, r["stages"][-1])
+    return load_domain(reports[0]["domain"]), common[-1], rows
+
+
+def pooled(entries, names):
+    """Some tasks' successes in the stages of several seeds: (rate of all episodes, low, high, [each seed's rate])."""
+    counts = [[s["tasks"][t] for t in names] for _, s in entries]
+    k, n = ([sum(c[what] for c in seed) for seed in counts] for what in ("successes", "episodes"))
+    return sum(k) / sum(n), *wilson(sum(k), sum(n)), [a / b for a, b in zip(k, n)]
+
+
+def table(folders):
+    """table.md's text: seeds are pooled, with Wilson's interval and the spread over seeds; pairs; costs."""
+    domain, last, rows = side_by_side(folders)
+    columns = {"expert": domain.EXPERT_TASKS, **{t: [t] for t in domain.RL_TASKS}}
+    columns |= {"RL tasks": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
 
     def cell(entries, names):
-        k = [sum(s["tasks"][t]["successes"] for t in names) for _, s in entries]
-        n = [sum(s["tasks"][t]["episodes"] for t in names) for _, s in entries]
-        low, high = wilson(sum(k), sum(n))
-        each = [a / b for a, b in zip(k, n)]
+        mean, low, high, each = pooled(entries, names)
         spread = f", seeds {min(each):.2f} to {max(each):.2f}" if len(each) > 1 else ""
-        return f"{sum(k) / sum(n):.2f} [{low:.2f}, {high:.2f}]{spread}"
+        return f"{mean:.2f} [{low:.2f}, {high:.2f}]{spread}"
 
-    lines = [f"# {reports[0]['domain']}, VLM {reports[0]['vlm']}: methods side by side, after {common[-1]}", ""]
+    r = next(iter(rows["SFT (stage 0)"].values()))[0]
+    lines = [f"# {r['domain']}, VLM {r['vlm']}: methods side by side, after {last}", ""]
     lines += ["Successes of all seeds' episodes together, 95 % Wilson interval, and the least and best seed.", ""]
     lines += ["Costs are the mean of the seeds that counted them, without evaluations; a VLM forward is an image"]
     lines += ["through it; peak GB is the most memory that a stage's own process held, without its simulators.", ""]
@@ -261,6 +270,36 @@ def table(folders):
                 p = binomtest(wins, wins + losses).pvalue
                 lines += [f"| {one} against {other} | {split} | {wins} | {losses} | {p:.2g} |"]
     return "\n".join(lines) + "\n"
+
+
+def bars(folders, path):
+    """The table's splits as a picture, like the paper's Fig. 5: a bar for each method with Wilson's interval, a dot for
+    each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    domain, last, rows = side_by_side(folders)
+    groups, width = splits(domain), 0.8 / len(rows)
+    fig, ax = plt.subplots(figsize=(3 + 1.5 * len(rows), 3.4), layout="constrained")
+    for j, (method, seeds) in enumerate(rows.items()):
+        for i, names in enumerate(groups.values()):
+            mean, low, high, each = pooled(list(seeds.values()), names)
+            x = i + (j - (len(rows) - 1) / 2) * width
+            label = f"{method}, {len(seeds)} seed{'s' * (len(seeds) > 1)}" if i == 0 else None
+            ax.bar(x, mean, 0.92 * width, color=f"C{j}", alpha=0.75, label=label)
+            ax.errorbar(x, mean, [[max(0, mean - low)], [max(0, high - mean)]], color="black", capsize=3, lw=1)
+            ax.plot([x] * len(each), each, "o", color=f"C{j}", markeredgecolor="black", markersize=4)
+            ax.text(x, 0.02, f"{mean:.2f}", ha="center", fontsize=8)
+    ax.set_xticks(range(len(groups)), [f"{len(n)} {k if k != 'rl' else 'RL'} tasks" for k, n in groups.items()])
+    ax.set(ylim=(0, 1.04), ylabel="success (95 % Wilson interval)")
+    ax.set_title(f"{domain.__name__.split('.')[-1]}, after {last}", fontsize=10, loc="left")
+    ax.grid(axis="y", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=8)
+    fig.savefig(path, dpi=130, format="png")
+    plt.close(fig)
 
 
 def curves(folders, path):
@@ -302,6 +341,8 @@ def story(args):
         text = table(args.table)
         with whole(Path(args.out) / "table.md") as tmp:
             tmp.write_text(text)
+        with whole(Path(args.out) / "table.png") as tmp:
+            bars(args.table, tmp)
         return print(text, end="")
     r = report(args)
     domain, folder = load_domain(r["domain"]), Path(args.run)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from domains import kitchen, metaworld
 from evaluate import splits
-from report import table
+from report import Args, pooled, story, table
 from run import Refusal, write_json
 
 
@@ -120,6 +120,12 @@ def test_the_table_counts_every_episode(tmp_path):
     longer = json.loads((folders[0] / "report.json").read_text())  # a later stage of one run is left out
     write_json(folders[0] / "report.json", longer | {"stages": [*longer["stages"], {**stages[0], "name": "3-sft"}]})
     assert table(folders) == text
+    story(Args(table=tuple(map(str, folders)), out=str(tmp_path)))
+    assert (tmp_path / "table.md").read_text() == text
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    mean, low, high, seeds = pooled([(None, stages[0]), (None, stages[1])], kitchen.UNSEEN_TASKS)
+    x = [np.mean([won["sft-only", 1, s][t] for t in kitchen.UNSEEN_TASKS]) for s in ("0-sft", "2-sft")]
+    assert seeds == pytest.approx(x) and mean == pytest.approx(np.mean(x)) and low < mean < high
     with pytest.raises(Refusal, match="second sft-only of seed 1"):
         table([*folders, folders[2]])
     shorter = json.loads((folders[2] / "report.json").read_text())
