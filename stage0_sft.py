@@ -19,7 +19,7 @@ Where the paper is silent or this differs from it:
    SFT stages and keeps the result beside the episodes; images are then not augmented. `--accumulate 8` passes a batch
    in 8 parts, `--checkpointing` keeps only the layers' inputs: neither changes the gradient.
 
-python stage0_sft.py --domain NAME --out runs/NAME-seed0/0-sft        2 CPU cores: 20 to 45 minutes
+python stage0_sft.py --domain NAME --out runs/NAME-seed0/0-sft        2 CPU cores: 20 to 50 minutes
 """
 
 from run import (  # isort: skip  first, for Ctrl-C while torch is imported

@@ -1,7 +1,7 @@
 """Random frames a second from a set of episodes larger than the memory that may hold it, beside .npz files.
 
 The set: some Meta-World episodes recorded here by the expert, copied until a format has --gb of pictures. Ours draws by
-data.Episodes.batch from safetensors files, memory-mapped; theirs loads each drawn frame's episode from one .npz file,
+data.Episodes.batch from safetensors files, by pread; theirs loads each drawn frame's episode from one .npz file,
 plain or compressed, as collected data is often kept. Each side is a process of its own; they take turns; medians over
 rounds of the frames a second of some batches.
 
