@@ -22,8 +22,9 @@ python data.py import --from lerobot --dataset USER/DATASET --domain NAME --task
 python data.py export --to lerobot --data runs/D_e/NAME --out FOLDER       and back, bit for bit, with `import`
 """
 
-from run import Refusal, main, ranks, read_json, together, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, alone_in, main, ranks, read_json, together, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
+import contextlib
 import hashlib
 import json
 import os
@@ -195,16 +196,19 @@ class Episodes:
                           "language")  # fmt: skip
         (rank, world), key, found = ranks(), vla.image_key(), []
         kept = [path.parent / f".tokens-{key}" / path.name for path in self.paths]
-        for e in tqdm(range(rank, len(kept), world), desc="image tokens", disable=rank > 0):
-            with open(self.paths[e], "rb") as f:
-                about = {"episode": hashlib.file_digest(f, "sha256").hexdigest()}
-            if (tokens := open_tokens(kept[e])) and tokens.metadata() == about:
-                found.append(e)
-                continue
-            images = self.images[e][:].copy()  # what was read is read-only, and torch warns of that
-            q = [vla.image_tokens(x) for x in np.split(images, range(32, len(images), 32))]
-            with whole(kept[e]) as tmp:
-                save_tokens({"q": torch.cat(q).bfloat16().cpu()}, tmp, about)
+        with alone_in(self.paths[0].parents[1]) if rank == 0 else contextlib.nullcontext():  # runs may share D_e
+            together()
+            for e in tqdm(range(rank, len(kept), world), desc="image tokens", disable=rank > 0):
+                with open(self.paths[e], "rb") as f:
+                    about = {"episode": hashlib.file_digest(f, "sha256").hexdigest()}
+                if (tokens := open_tokens(kept[e])) and tokens.metadata() == about:
+                    found.append(e)
+                    continue
+                images = self.images[e][:].copy()  # what was read is read-only, and torch warns of that
+                q = [vla.image_tokens(x) for x in np.split(images, range(32, len(images), 32))]
+                with whole(kept[e]) as tmp:
+                    save_tokens({"q": torch.cat(q).bfloat16().cpu()}, tmp, about)
+            together()
         rng = np.random.default_rng()  # another sample each time; nothing that is trained depends on it
         for e in rng.choice(found, min(8, len(found)), replace=False):
             t = int(rng.integers(len(self.actions[e])))
@@ -212,7 +216,6 @@ class Episodes:
             error = (open_tokens(kept[e]).get_slice("q")[t].float() - want).norm() / want.norm()
             if not error < 0.05:  # bfloat16's rounding, also another machine's, is far below
                 raise Refusal(f"{kept[e]} is not what this VLM makes of {self.paths[e]}: delete {kept[e].parent}")
-        together()
         self.images = [open_tokens(path).get_slice("q") for path in kept]
 
     def batch(self, rng, n, rank=0, world=1):
@@ -310,6 +313,12 @@ def import_episodes(
         import_lerobot(dataset, domain, data, task, image_size, image_key, action_key)
 
 
+def import_seed(dataset, e):
+    """The number of a foreign data set's episode e: a thousand for each --dataset, so that two of a task do not get in
+    each other's way."""
+    return IMPORT_SEED + 1000 * (zlib.crc32(dataset.encode()) % 800) + e
+
+
 def import_lerobot(dataset, domain, data, task, image_size, image_key, action_key):
     """The episodes of a LeRobot data set. Those that `export` wrote are what they were, header and all; of others the
     last decision is taken to be the one that succeeds. No episode that is there already is replaced."""
@@ -327,6 +336,8 @@ def import_lerobot(dataset, domain, data, task, image_size, image_key, action_ke
         raise Refusal(f"{name} has {', '.join(dataset.features)}: name its --image-key and --action-key")
     if ours is None and not (domain and task):
         raise Refusal(f"{name} was not exported from here: give the --domain and the --task that it shows")
+    if ours is None and not (Path(__file__).parent / "domains" / f"{domain}.py").exists():
+        raise Refusal(f"there is no domains/{domain}.py: give one of those that are there as --domain")
     if ours is not None and len(ours) != dataset.num_episodes:
         raise Refusal(f"{name} was changed since {ABOUT} was written: delete that file to import it as a foreign one")
     made, frames = 0, (dataset[i] for i in range(len(dataset)))
@@ -346,8 +357,7 @@ def import_lerobot(dataset, domain, data, task, image_size, image_key, action_ke
             about |= {"protocol": json.loads(header["protocol"]), "made_by": json.loads(header["versions"])}
             about |= {"executed": header.get("executed") == "1"}
         else:
-            # a thousand numbers for each --dataset, so that two of a task do not get in each other's way
-            seed = IMPORT_SEED + 1000 * (zlib.crc32(name.encode()) % 800) + e
+            seed = import_seed(name, e)
             path, reward = root / domain / task / f"{seed:06d}.safetensors", np.eye(len(episode))[-1]
             about = dict(domain=domain, task=task, instruction=episode[0]["task"], source="expert", seed=seed)
             about |= {"protocol": None}
@@ -378,13 +388,15 @@ def import_minari(dataset, domain, data, image_size):
     made = {task: 0 for task in module.EXPERT_TASKS}
     for episode in tqdm(episodes.iterate_episodes(), desc=dataset, total=episodes.total_episodes):
         for task, image, action, reward in module.from_minari(episode, image_size):
-            write_episode(
-                Path(data) / domain / task / f"{IMPORT_SEED + episode.id:06d}.safetensors", image, action, reward,
-                domain=domain, task=task, instruction=module.INSTRUCTIONS[task], source="expert",
-                seed=IMPORT_SEED + episode.id, protocol=module.PROTOCOL,
-            )  # fmt: skip
-            made[task] += 1
-    print(f"{data}/{domain}: {', '.join(f'{n} {task}' for task, n in made.items())}")
+            seed = import_seed(dataset, episode.id)
+            path = Path(data) / domain / task / f"{seed:06d}.safetensors"
+            if not path.exists():
+                write_episode(
+                    path, image, action, reward, domain=domain, task=task, instruction=module.INSTRUCTIONS[task],
+                    source="expert", seed=seed, protocol=module.PROTOCOL,
+                )  # fmt: skip
+                made[task] += 1
+    print(f"{data}/{domain}: {', '.join(f'{n} {task}' for task, n in made.items())}; others were there already")
 
 
 COMMANDS = {"import": import_episodes, "export": export_episodes}

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data import EVAL_SEED
 from model import VLA, checkpoint_config, load_domain
 
+NO_POLICY = "the policy's action is NaN: this checkpoint cannot act; train it again from its parent"
 gym.logger.min_level = 50  # above ERROR: what goes wrong in a simulator is raised here, which is enough
 
 
@@ -33,7 +34,7 @@ class Args:
     checkpoint: str  # a checkpoint folder
     tasks: tuple[str, ...] = ()  # names of the domain's tasks; none: all of them
     episodes: int = 25  # episodes of each task
-    video: str = ""  # also write these episodes as an .mp4 (not into eval.json)
+    video: str = ""  # instead: film these episodes, as this .mp4
     out: str = ""  # where to write the result; empty: the checkpoint's eval.json, when all tasks are evaluated
     envs: int = 16  # simulators in parallel, a process each
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
@@ -144,7 +145,7 @@ def play(vla, domain, programme, envs, act, keep_images=False, say=None):
                 h, mask = vla.encode(obs[busy], sentences)
                 executed, label = act(h.float(), mask, [(e["task"], e["seed"], e["decisions"]) for e in episodes])
             if not torch.isfinite(executed).all():
-                raise Refusal("the policy's action is NaN: this checkpoint cannot act; train it again from its parent")
+                raise Refusal(NO_POLICY)
             actions[busy] = executed.clamp(-1, 1).cpu().numpy()
             for i, e, a in zip(busy, episodes, label.clamp(-1, 1).cpu().numpy()):
                 e["decisions"] += 1
@@ -249,6 +250,7 @@ def film(vla, domain, tasks, episodes, path):
     """Write greedy episodes of the tasks, at the environment's own picture size, as an .mp4."""
     import imageio.v2 as imageio
 
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(path, fps=20, macro_block_size=2) as writer:
         for task in tasks:
             env = domain.make(task, vla.config["image_size"])
@@ -260,6 +262,8 @@ def film(vla, domain, tasks, episodes, path):
                     with torch.no_grad():
                         h, mask = vla.encode(obs[None], [domain.INSTRUCTIONS[task]])
                         action = vla.act(h.float(), mask)[0].cpu().numpy()
+                    if not np.isfinite(action).all():
+                        raise Refusal(NO_POLICY)
                     obs, _, term, trunc, _ = env.step(action)
                     ended = term or trunc
                 for _ in range(10):
@@ -269,8 +273,8 @@ def film(vla, domain, tasks, episodes, path):
 
 def story(args):
     torch.set_num_threads(args.threads)
-    if min(args.episodes, args.envs) < 1:
-        raise Refusal("--episodes and --envs count from 1")
+    if min(args.episodes, args.envs, args.threads) < 1:
+        raise Refusal("--episodes, --envs and --threads count from 1")
     domain = load_domain(checkpoint_config(args.checkpoint)["domain"])
     vla = VLA.load(args.checkpoint, device=pick_device(args.device))
     tasks = list(args.tasks) or all_tasks(domain)

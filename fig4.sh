@@ -18,6 +18,7 @@ fi
 GIVEN="SEED RL PYTHON" source venv.sh
 DOMAIN=$1 START=$2 SEED=${SEED:-0}
 OUT=runs/fig4-$DOMAIN-seed$SEED
+[ -f "$START/config.json" ] || { echo "error: $START is no checkpoint: give a finished 0-sft" >&2 && exit 2; }
 
 "$PYTHON" stage0_sft.py --domain "$DOMAIN" --out "$OUT/untrained" --seed "$SEED" --steps 0 --episodes 0
 FOLDERS=()

@@ -48,7 +48,10 @@ case $METHOD in
   ppo-replay) RL+=" --algo ppo --train-vlm" ;;
   *) echo "error: unknown METHOD $METHOD: known are ire-vla, ire-vla-freeze, ppo-replay, sft-only" >&2 && exit 2 ;;
 esac
-if [ -n "$START" ] && [ ! -d "$OUT/0-sft" ]; then
+if [ -n "$START" ] && [ -d "$OUT/0-sft" ]; then
+  [ ! -d "$START" ] || cmp -s "$START/heads.safetensors" "$OUT/0-sft/heads.safetensors" ||
+    { echo "error: $OUT began with another stage 0 than START=$START: give that, or another RUN" >&2 && exit 2; }
+elif [ -n "$START" ]; then
   [ -f "$START/config.json" ] || { echo "error: START=$START is no checkpoint: give a finished 0-sft" >&2 && exit 2; }
   mkdir -p "$OUT"
   rm -rf "$OUT/.0-sft.copy" # a copy that was interrupted

@@ -38,7 +38,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -321,23 +321,24 @@ class VLA(nn.Module):
         if domain is not None and config["domain"] != domain:
             raise Refusal(f"{folder} was trained on {config['domain']}, not {domain}: give a checkpoint of {domain}")
         heads, _ = read_tensors(folder / "heads.safetensors")
-        if len(heads["action_mean"]) != config["action_dim"]:
-            raise Refusal(
-                f"{folder} holds a head for {len(heads['action_mean'])} action dimensions, but its config.json says "
-                f"{config['action_dim']}: the files are of different checkpoints; use another"
-            )
         adapter = (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists()
         vla = cls(*load_vlm(folder, config, train_whole=not adapter), config)
         if adapter:
             read_json(folder / "adapter_config.json")
-            read_tensors(folder / "adapter_model.safetensors")
+            tensors, _ = read_tensors(folder / "adapter_model.safetensors")
             vla.vlm = cast_once(PeftModel.from_pretrained(vla.vlm, folder, is_trainable=True))
+            if differ := get_peft_model_state_dict(vla.vlm).keys() ^ tensors.keys():
+                raise Refusal(f"{folder}/adapter_model.safetensors is not the one of its adapter_config.json "
+                              f"({min(differ)}): use another checkpoint")  # fmt: skip
         elif config["weights"] != "vlm":
             raise Refusal(f"{folder}/adapter_config.json is missing, so it is no whole checkpoint: use another")
-        expected = {n for n in vla.state_dict() if not n.startswith("vlm.")}
-        if differ := expected ^ set(heads):
+        shapes = {n: v.shape for n, v in vla.state_dict().items() if not n.startswith("vlm.")}
+        there = {n: v.shape for n, v in heads.items()}
+        if differ := sorted(n for n in shapes.keys() | there.keys() if shapes.get(n) != there.get(n)):
+            have, want = (list(s.get(differ[0], ["nothing"])) for s in (there, shapes))
             raise Refusal(
-                f"{folder}/heads.safetensors has other tensors than this version ({min(differ)}): train again"
+                f"{folder}/heads.safetensors does not fit its config.json ({differ[0]}: {have}, not {want}): the files "
+                f"are of different checkpoints, or of another version; use another, or train again"
             )
         vla.load_state_dict(heads, strict=False)
         return vla.to(device)

@@ -10,10 +10,11 @@ python report.py --table results/NAME/ire-vla-seed0 results/NAME/ire-vla-seed1 -
 python report.py --curves runs/fig4-NAME-seed0/s*/* --out runs/fig4-NAME-seed0
 """
 
-from run import Refusal, main, read_json, versions, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, main, read_json, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class Args:
 
 def stage_order(folder):
     """Finished stages in the order of Algorithm 1: 0-sft, 1-rl-..., 1-sft, 2-rl-..., ..."""
-    stages = [p for p in Path(folder).glob("[0-9]*-*") if p.is_dir() and "-" in p.name]
-    return sorted(stages, key=lambda p: (int(p.name.split("-")[0]), "rl" not in p.name))
+    stages = [p for p in Path(folder).glob("*") if re.fullmatch(r"\d+-(sft|rl-.+)", p.name) and p.is_dir()]
+    return sorted(stages, key=lambda p: (int(p.name.split("-")[0]), p.name.endswith("-sft")))
 
 
 def method_and_seed(stages):
@@ -68,7 +69,7 @@ def report(args):
         raise Refusal(f"{args.run} has no finished stage: run loop.sh first, or give another --run")
     config, (method, seed) = checkpoint_config(stages[0]), method_and_seed(stages)
     domain = load_domain(args.domain or config["domain"])
-    rows, protocol, spent = [], None, []
+    rows, protocol, spent, made_by = [], None, [], {}
     for stage in stages:
         spent.append(read_json(stage / "summary.json"))
         if not (stage / "eval.json").exists():
@@ -78,6 +79,8 @@ def report(args):
         if protocol not in (None, under):
             raise Refusal(f"{stage}/eval.json has another protocol than the stages before it: evaluate again")
         protocol = under
+        for package, version in evaluated.get("versions", {}).items():
+            made_by.setdefault(package, {})[version] = None  # each once, in their order
         count = lambda names: {  # noqa: E731
             "successes": sum(sum(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
             "episodes": sum(len(evaluated["tasks"][t]["success"]) for t in names),  # noqa: B023
@@ -94,7 +97,8 @@ def report(args):
         raise Refusal(f"no stage of {args.run} was evaluated: python evaluate.py --checkpoint {stages[-1]}, then again")
     return {
         "domain": domain.__name__.split(".")[-1], "method": method, "seed": seed, "vlm": config["vlm"],
-        "versions": versions(), "protocol": protocol, "stages": rows,
+        "versions": {package: ", ".join(those) for package, those in made_by.items()},
+        "protocol": protocol, "stages": rows,
     }  # fmt: skip
 
 
@@ -198,7 +202,7 @@ def picture(r, domain, path):
 def side_by_side(folders):
     """The methods of several reports after the last stage that all have, beside stage 0 ("SFT"): (domain, that stage's
     name, {method: {seed: (report, the stage)}}), each report up to that stage. Raises Refusal for reports of different
-    protocols, or that have no stage after stage 0 in common: they cannot be compared.
+    protocols, that do not share stage 0 and a later one, or whose stages 0 of a seed differ: they cannot be compared.
     """
     reports = [read_json(Path(folder) / "report.json") for folder in folders]
     for r, folder in zip(reports, folders):
@@ -206,12 +210,17 @@ def side_by_side(folders):
             raise Refusal(f"{folder} has another domain or protocol than {folders[0]}: give those of one protocol")
     names = [[s["name"] for s in r["stages"]] for r in reports]
     common = [name for name in names[0] if all(name in other for other in names)]
-    if not common or common[-1] == "0-sft":
-        raise Refusal(f"{', '.join(map(str, folders))} share no stage after 0-sft: evaluate runs of as many rounds")
+    if len(common) < 2 or common[0] != "0-sft":
+        raise Refusal(f"{', '.join(map(str, folders))} do not share 0-sft and a stage after it: evaluate those, of as "
+                      f"many rounds, and make the reports again")  # fmt: skip
     for r, n in zip(reports, names):
         r["stages"] = r["stages"][: n.index(common[-1]) + 1]
-    rows = {"SFT (stage 0)": {r["seed"]: (r, r["stages"][0]) for r in reports}}
+    rows = {"SFT (stage 0)": {}}
     for folder, r in zip(folders, reports):
+        _, start = rows["SFT (stage 0)"].setdefault(r["seed"], (r, r["stages"][0]))
+        if r["stages"][0]["tasks"] != start["tasks"]:
+            raise Refusal(f"{folder} began with another stage 0 than the other run of seed {r['seed']}: give each "
+                          f"method of a seed the same START")  # fmt: skip
         if r["seed"] in (row := rows.setdefault(r["method"], {})):
             raise Refusal(f"{folder} is a second {r['method']} of seed {r['seed']}: leave one of them out")
         row[r["seed"]] = (r, r["stages"][-1])
@@ -240,7 +249,8 @@ def table(folders):
     lines = [f"# {r['domain']}, VLM {r['vlm']}: methods side by side, after {last}", ""]
     lines += ["Successes of all seeds' episodes together, 95 % Wilson interval, and the least and best seed.", ""]
     lines += ["Costs are the mean of the seeds that counted them, without evaluations; a VLM forward is an image"]
-    lines += ["through it; peak GB is the most memory that a stage's own process held, without its simulators.", ""]
+    lines += ["through it; peak GB is the most memory that a stage's own process held, without its simulators;"]
+    lines += ["environment steps are RL's, without those in which D_rl is recorded.", ""]
     lines += [f"| method (seeds) | {' | '.join(columns)} | minutes | environment steps | VLM forwards | peak GB |"]
     lines += ["| --- " * (len(columns) + 5) + "|"]
     for method, seeds in rows.items():

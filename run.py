@@ -13,10 +13,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
+import shlex
 import sys
 import time
+import weakref
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +33,7 @@ def stopped():
 
 
 def again():
-    command = os.environ.get("AGAIN") or f"python {' '.join(sys.argv)}"  # loop.sh names itself
+    command = os.environ.get("AGAIN") or f"python {shlex.join(sys.argv)}"  # loop.sh names itself
     return f"The same command goes on from the last saved state: {command}"
 
 
@@ -47,6 +51,8 @@ PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy")  # the simula
 FREE = (  # arguments that do not decide a stage's result
     "parent", "data", "out", "device", "threads", "episodes", "accumulate", "checkpointing",
 )  # fmt: skip
+COUNTS = ("accumulate", "batch", "envs", "epochs", "image_size", "minibatch", "rollout", "threads")
+PASSING = re.compile(r"(state|priority|replay-\d+)\.safetensors")  # the state, and SACfD's buffer
 STATE_EVERY = float(os.environ.get("STATE_EVERY", 60))  # seconds between two saved states; the tests shorten it
 
 
@@ -66,9 +72,12 @@ def main(story, args):
     except Refusal as refusal:
         sys.exit(f"error: {refusal}")
     except (OSError, SafetensorError) as error:
-        if not disk_is_full(error):
-            raise
-        sys.exit(f"error: no space left on the disk of {Path.cwd()}: free some. {again()}")
+        if disk_is_full(error):
+            sys.exit(f"error: no space left on the disk of {Path.cwd()}: free some. {again()}")
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            sys.exit(f"error: {error.filename} may not be written or read here ({error.strerror}): allow it, or name "
+                     f"another place. {again()}")  # fmt: skip
+        raise
     except KeyboardInterrupt:
         stopped()
     finally:
@@ -114,19 +123,27 @@ def flush(path):
     os.close(fd)
 
 
+def locked(fd):
+    """Lock an open folder until it is closed, or this process is gone. False where another process has it. On a file
+    system without locks nobody has."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def alone_in(folder):
     """Make the folder where it is missing, and wait until no other process is in here with it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(fd):
             print(f"waiting for another process that is at work in {folder}", flush=True)
             fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: then nobody waits
-            pass
         yield
     finally:
         os.close(fd)
@@ -167,7 +184,8 @@ def ranks():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        patience = timedelta(days=1)  # the others wait while the first records D_e
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -194,7 +212,8 @@ class Stage:
 
     args: the stage's arguments, a dataclass with `out`, the final folder, and perhaps `parent`. `decides` are those
     that decide the result: others, or another parent, are refused for the same folder once it has a state. unused:
-    arguments that this stage does without, such as another algorithm's.
+    arguments that this stage does without, such as another algorithm's. Refused too: numbers below 1 of what is counted
+    (COUNTS), and a folder that another process is at work in.
     `done` is True when the folder exists already: the caller returns at once. Of several processes, rank 0 writes.
     """
 
@@ -203,6 +222,10 @@ class Stage:
         self.decides = {k: v for k, v in asdict(args).items() if k not in FREE and k not in unused}
         self.folder = self.out.with_name(f".{self.out.name}.partial")
         self.done = self.out.is_dir()
+        for name, n in asdict(args).items():
+            if name in COUNTS and n < 1:
+                raise Refusal(f"--{name.replace('_', '-')} {n} cannot be: it counts from 1")
+        task = getattr(args, "task", None)
         parent = getattr(args, "parent", None)  # beside `out`, wherever the run's folder may have been moved
         kind, args = type(args), self.decides | {"parent": parent and os.path.relpath(parent, self.out.parent)}
         if not 0 <= (seed := args.get("seed", 0)) < 600:  # RL's initial states of later ones are the evaluation's
@@ -218,12 +241,20 @@ class Stage:
                 raise Refusal(
                     f"{record.parent} was started with other arguments ({then_now}): "
                     f"give the first ones again, choose another RUN, or delete that folder"
+                    + (f" and what it recorded in {self.out.parent}/D_rl/{task}" if task else "")
                 )
         together()  # everyone has seen what there was
         self.writes = ranks()[0] == 0
-        if not begun and self.writes:
+        if self.done and self.writes:
+            self.drop()
+        elif self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(record, {"args": args, "versions": versions()})
+            fd = os.open(self.folder, os.O_RDONLY)
+            weakref.finalize(self, os.close, fd)
+            if not locked(fd):
+                raise Refusal(f"another process is at work in {self.folder}: wait for its end, or stop it")
+            if not begun:
+                write_json(record, {"args": args, "versions": versions()})
         self.writer, self.saved_at, self.began = None, time.time(), time.time()
         self.seconds, self.peak = 0.0, 0.0  # of earlier sittings
 
@@ -266,7 +297,7 @@ class Stage:
         """The most memory that this process has held, in GB: the GPU's where it uses one, else its own; that of the
         simulators' processes does not count."""
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        gpu = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0)
         return round(max(self.peak, gpu / 1e9 or own / 1e9), 2)
 
     # --- log
@@ -289,11 +320,16 @@ class Stage:
             self.writer.close()
         cost = {"seconds": round(self.elapsed(), 1), "peak_gb": self.peak_gb()}
         write_json(self.folder / "summary.json", {**cost, **summary})
-        for path in [p for p in self.folder.rglob("*") if p.name != "state.safetensors"] + [self.folder]:
+        for path in [p for p in self.folder.rglob("*") if not PASSING.fullmatch(p.name)] + [self.folder]:
             flush(path)
         os.replace(self.folder, self.out)
         flush(self.out.parent)
-        (self.out / "state.safetensors").unlink(missing_ok=True)
+        self.drop()
+
+    def drop(self):
+        """Remove from the finished folder what only a stage on its way needs."""
+        for path in [p for p in self.out.iterdir() if PASSING.fullmatch(p.name)]:
+            path.unlink()
 
 
 def optimizer_tensors(optimizer):

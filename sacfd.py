@@ -181,7 +181,7 @@ class Replay:
         critic says of h_after, h_after, importance weight). A success ends the future, a time-out only the sum."""
         p = self.priority[: self.t].flatten() ** exponent
         total = p.cumsum(0)
-        draw = torch.rand(k, generator=generator).to(p.device) * total[-1]
+        draw = (1 - torch.rand(k, generator=generator)).to(p.device) * total[-1]  # in (0, total]: never what has none
         i = torch.searchsorted(total, draw).clamp(max=len(p) - 1)
         weight = ((p > 0).sum() * p[i] / total[-1]) ** -importance
         t, n = i // self.reward.shape[1], i % self.reward.shape[1]
@@ -305,7 +305,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
                     raise Refusal(f"the policy's action is NaN at step {counters['env_steps']}: the last state is kept")
                 envs.step_async(action.cpu().numpy())
                 t = time.time()
-                while owed >= 1 and replay.t:
+                while owed >= 1 and replay.priority[: replay.t].any():  # none: before the first row, or all faulted
                     owed -= 1
                     moves = counters["env_steps"] >= how.warmup and len(stats) % how.actor_every == 0
                     stats.append(

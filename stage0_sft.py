@@ -310,6 +310,8 @@ def train_sft(args, stage, number, domain, data, vla, trained, steps, warmup):
 
 def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
+    if args.image_size % domain.VIEWS:
+        raise Refusal(f"--image-size {args.image_size} does not divide into {args.domain}'s {domain.VIEWS} views")
     rank, stage = ranks()[0], Stage(args)
     device = pick_device(args.device)
     if finished(stage, domain, args, device):
@@ -322,6 +324,8 @@ def story(args):
     if rank == 0:
         with alone_in(root):  # another run may be recording the same
             collect(args, domain, root)
+        for folder in sorted(p.name for p in root.glob("[!.]*") if p.is_dir() and p.name not in domain.EXPERT_TASKS):
+            print(f"{root / folder} is left out: {folder} is no expert task of {args.domain}")
     together()
     data = Episodes({root / task: 1.0 for task in domain.EXPERT_TASKS}, domain, args.image_size)
     sentences = sorted(set(domain.INSTRUCTIONS.values()))

@@ -40,7 +40,7 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from data import BORROW_SEED, ONLINE_SEED, RL_SEED, attempts, write_episode
+from data import BORROW_SEED, ONLINE_SEED, RL_SEED, attempts, open_episode, write_episode
 from evaluate import check_task, evaluate_stage, finished, play, simulators
 from model import VLA, Head, checkpoint_config, describe, freeze, load_domain, log_prob
 from sacfd import Critics, SACfD, executed, squashed, train_sacfd
@@ -75,7 +75,7 @@ class Args:
     seed: int = 0  # of the critic, exploration and minibatches
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
     threads: int = os.cpu_count()  # CPU threads of torch in updates; in rollouts too if the VLM is large, else one
-    sacfd: SACfD = field(default_factory=SACfD)  # of --algo sacfd, instead of lam to warmup
+    sacfd: SACfD = field(default_factory=SACfD)  # of --algo sacfd; of PPO's above it takes gamma and std
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def borrow(args, domain, vla, counters):
 def algo_and_budget(args, domain):
     """(algorithm, budget of decisions) of a stage with these arguments."""
     algo = args.algo or domain.ALGO
-    return algo, args.env_steps or (150_000 if algo == "ppo" else 30_000)
+    return algo, (150_000 if algo == "ppo" else 30_000) if args.env_steps is None else args.env_steps
 
 
 def story(args):
@@ -444,8 +444,10 @@ def record_successes(args, domain, vla, folder, first, successes, noise):
         made = len([k for k in have if k < first + attempted])
         if made >= successes:
             break
-        fresh = range(first + attempted, first + attempted + successes - made)
+        fresh = range(first + attempted, first + min(attempted + successes - made, 4 * successes))
         attempted += len(fresh)
+        for k in have.intersection(fresh):  # before an interruption
+            decisions += open_episode(folder / f"{k:06d}.safetensors")[0].get_slice("reward").get_shape()[0]
         programme = {args.task: [ONLINE_SEED + k for k in fresh if k not in have]}
         if not programme[args.task]:
             continue

@@ -6,7 +6,7 @@ if [ -n "${GIVEN:-}" ]; then
   for NAME in $GIVEN; do
     [ -z "${!NAME:-}" ] || AGAIN+="$NAME=$(printf %q "${!NAME}") "
   done
-  export AGAIN+="bash $(basename "$0") $*"
+  export AGAIN+="bash $(basename "$0")$(printf ' %q' "$@")"
 fi
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=.venv/bin/python
@@ -17,6 +17,7 @@ if [ -z "${PYTHON:-}" ]; then
     cp requirements.txt .venv/installed.txt # last, so that an interrupted installation is made again
   fi
 fi
+command -v "$PYTHON" >/dev/null || { echo "error: PYTHON=$PYTHON is no interpreter here: name one that has requirements.txt, or leave it out" >&2 && exit 2; }
 PATH=$(cd "$(dirname "$PYTHON")" 2>/dev/null && pwd):$PATH # for SFT_LAUNCH="torchrun ..."
 # torch's CPU threads wait for each other asleep, not spinning: with one core taken by something else, spinning makes two
 # threads ten times slower (results/experiments.md).

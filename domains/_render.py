@@ -142,6 +142,10 @@ class Picture:
 
         Each is drawn at twice its size and averaged, so that what is a few pixels large is seen wherever it lies.
         """
+        if size > BUFFER // 2:
+            from run import Refusal  # as in _refusal
+
+            raise Refusal(f"an image of {size} pixels is larger than the {BUFFER // 2} that are drawn here: give less")
         rows = np.linspace(0, size, len(views) + 1).astype(int)
         image = np.empty((size, size, 3), np.uint8)
         for view, top, bottom in zip(views, rows, rows[1:]):

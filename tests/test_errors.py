@@ -76,8 +76,12 @@ def test_no_checkpoint_at_all(tmp_path):
     assert "whole checkpoint" in refused(checkpoint_config, tmp_path / "config.json")
 
 
-def test_a_backbone_without_a_tensor(checkpoint, tmp_path):
+def test_an_adapter_or_a_backbone_without_a_tensor(checkpoint, backbone, tmp_path):
     """What is missing is not made up."""
+    make_vla(tmp_path / "lora", backbone).save(tmp_path / "lora")
+    tensors = load_file(path := tmp_path / "lora/adapter_model.safetensors")
+    save_file({n: x for n, x in tensors.items() if n != min(tensors)}, path, {"format": "pt"})
+    assert min(tensors) in refused(VLA.load, tmp_path / "lora")
     shutil.copytree(checkpoint, tmp_path / "less")
     tensors = load_file(path := tmp_path / "less/vlm/model.safetensors")
     name = next(n for n in tensors if n.endswith("q_proj.weight"))
@@ -116,6 +120,21 @@ def test_one_at_a_time(tmp_path, capsys):
         assert seen == [] and "waiting" in capsys.readouterr().out
     second.join(5)
     assert seen == ["second"]
+
+
+def test_a_stage_at_work_is_not_begun_again(tmp_path):
+    """A second process in the same stage is refused for as long as the first is there."""
+
+    @dataclass
+    class Args:
+        out: str
+        threads: int = 1
+
+    first = Stage(Args(tmp_path / "a"))
+    assert "another process is at work" in refused(Stage, Args(tmp_path / "a"))
+    del first
+    Stage(Args(tmp_path / "a"))
+    assert "--threads 0" in refused(Stage, Args(tmp_path / "b", threads=0))
 
 
 def test_what_a_stage_does_not_use(tmp_path):

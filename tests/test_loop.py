@@ -95,7 +95,8 @@ def test_the_table_counts_every_episode(tmp_path):
     for m, seed in runs:
         stages = []
         for stage in ("0-sft", "2-sft"):
-            x = won[m, seed, stage] = {t: rng.integers(0, 2, 25) for t in names}
+            x = won.get(("ire-vla", seed, "0-sft")) if stage == "0-sft" else None  # a seed's methods have one stage 0
+            x = won[m, seed, stage] = x or {t: rng.integers(0, 2, 25) for t in names}
             tasks = {t: {"successes": int(x[t].sum()), "episodes": 25} for t in names}
             outcomes = {t: "".join(map(str, x[t])) for t in names}
             stages.append({"name": stage, "tasks": tasks, "outcomes": outcomes, "seconds": 600.0 * (seed + 1)})
@@ -128,10 +129,12 @@ def test_the_table_counts_every_episode(tmp_path):
     assert seeds == pytest.approx(x) and mean == pytest.approx(np.mean(x)) and low < mean < high
     with pytest.raises(Refusal, match="second sft-only of seed 1"):
         table([*folders, folders[2]])
-    shorter = json.loads((folders[2] / "report.json").read_text())
-    write_json(folders[2] / "report.json", shorter | {"stages": shorter["stages"][:1]})
-    with pytest.raises(Refusal, match="as many rounds"):
-        table(folders)
+    last = json.loads((folders[2] / "report.json").read_text())
+    for left, said in ((last["stages"][:1], "many rounds"), (last["stages"][1:], "0-sft"),
+                       ([longer["stages"][0], last["stages"][1]], "another stage 0")):  # fmt: skip
+        write_json(folders[2] / "report.json", last | {"stages": left})
+        with pytest.raises(Refusal, match=said):
+            table(folders)
 
 
 def test_other_arguments_are_refused(undisturbed):
@@ -213,6 +216,16 @@ def test_the_baselines_are_variants_of_the_same_loop(method, stages, flag, stand
     assert code == 2 and "ppo-replay" in err
     code, _, err = project.run("bash", "loop.sh", "toy", "1", START="nowhere", PYTHON=str(fake))
     assert code == 2 and "START=nowhere" in err
+    for start in "ab":
+        write_json(project.folder / start / "config.json", {})
+        (project.folder / start / "heads.safetensors").write_text(start)
+    assert project.run("bash", "loop.sh", "toy", "1", START="a", PYTHON=str(fake))[0] == 0
+    code, _, err = project.run("bash", "loop.sh", "toy", "1", START="b", PYTHON=str(fake))
+    assert code == 2 and "START=b" in err
+    code, _, err = project.run("bash", "fig4.sh", "toy", "nowhere", PYTHON=str(fake))
+    assert code == 2 and "nowhere" in err
+    code, _, err = project.run("bash", "loop.sh", "toy", "1", PYTHON="/no/python")
+    assert code == 2 and "PYTHON=/no/python" in err
 
 
 @pytest.mark.parametrize("command", list(written_commands()))

@@ -187,8 +187,11 @@ def test_the_buffer_survives_a_kill(project, weak):
     kept = {p.name: p.read_bytes() for p in sorted(partial.glob("replay-*.safetensors"))[:2]}
     assert len(kept) == 2
     process = project.start(*go, STATE_EVERY="0")
+    while len(list(partial.glob("replay-*.safetensors"))) < 4 and process.poll() is None:
+        time.sleep(0.1)
+    assert {name: (partial / name).read_bytes() for name in kept} == kept
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-2000:]
+    assert not [name for name in files(out) if "replay" in name or "priority" in name]
     log = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert log == sorted(set(log)) and log[-1] >= 1600
-    assert {name: (out / name).read_bytes() for name in kept} == kept
