@@ -150,13 +150,19 @@ def model_card(checkpoint, text):
     return "\n".join(lines)
 
 
-def picture(r, domain, path):
-    """report.png: the splits over the stages with intervals, and the matrix of tasks over stages."""
+def pyplot():
+    """matplotlib, for files alone; imported where something is drawn, since that takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def picture(r, domain, path):
+    """report.png: the splits over the stages with intervals, and the matrix of tasks over stages."""
+    plt = pyplot()
     stages, names = r["stages"], all_tasks(domain)
     short = [s["name"].replace("-new", "") for s in stages]
     fig, (left, right) = plt.subplots(
@@ -285,11 +291,7 @@ def table(folders):
 def bars(folders, path):
     """The table's splits as a picture, like the paper's Fig. 5: a bar for each method with Wilson's interval, a dot for
     each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     domain, last, rows = side_by_side(folders)
     groups, width = splits(domain), 0.8 / len(rows)
     fig, ax = plt.subplots(figsize=(3 + 1.5 * len(rows), 3.4), layout="constrained")
@@ -315,11 +317,7 @@ def bars(folders, path):
 def curves(folders, path):
     """Training success (share of the last 100 episodes) over environment steps: a panel for each task, a line for each
     name of the folder above the stage's, such as fig4.sh's arms. A dot: its end, by convergence or budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     tasks, names = {}, {}
     for folder in map(Path, folders):
         tasks.setdefault(read_json(folder / "summary.json")["task"], []).append(folder)

@@ -240,9 +240,8 @@ def train_sft(args, stage, number, domain, data, vla, trained, steps, warmup):
     Raises Refusal when the loss is not finite.
     """
     rank, world = ranks()
-    if args.accumulate < 1 or args.batch % world:
-        raise Refusal(f"--batch {args.batch} for {world} processes, --accumulate {args.accumulate}: each process takes "
-                      f"the same share of a batch, in one part or more")  # fmt: skip
+    if args.batch % world:
+        raise Refusal(f"--batch {args.batch} for {world} processes: each process takes the same share of a batch")
     freeze(vla.parameters())
     freeze(trained, False)
     if args.checkpointing:
