@@ -374,7 +374,7 @@ def import_lerobot(dataset, domain, data, task, image_size, image_key, action_ke
 
 def import_minari(dataset, domain, data, image_size):
     """The episodes of a Minari data set, in the domain's pictures and actions. Downloads it where it is missing."""
-    from model import load_domain
+    from domains import load_domain
 
     module = load_domain(domain)  # before minari, which would have MuJoCo draw on a screen
     import minari

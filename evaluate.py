@@ -11,7 +11,9 @@ python evaluate.py --checkpoint runs/NAME-seed0/0-sft --tasks TASK --episodes 3 
 
 from run import Refusal, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
+import contextlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from tqdm import tqdm
 
 from data import EVAL_SEED
-from model import VLA, checkpoint_config, load_domain
+from domains import load_domain
+from domains._player import Player
+from model import VLA, checkpoint_config
 
 NO_POLICY = "the policy's action is NaN: this checkpoint cannot act; train it again from its parent"
 gym.logger.min_level = 50  # above ERROR: what goes wrong in a simulator is raised here, which is enough
@@ -70,42 +74,26 @@ def only_simulated(domain, what):
         raise Refusal(f"ROBOT_URL is set, and {what} is for simulated robots: unset it, or see real_robot.md")
 
 
+@contextlib.contextmanager
+def without_script():
+    """Processes that are started in here do not import this process's script again, and with it torch."""
+    script = vars(sys.modules["__main__"])
+    path = script.pop("__file__", None)  # where multiprocessing finds it
+    try:
+        yield
+    finally:
+        if path is not None:
+            script["__file__"] = path
+
+
 def simulators(fns, vla, autoreset):
     """Environments in a process each. Raises Refusal when the policy's actions do not fit them."""
-    vector = AsyncVectorEnv(fns, context="forkserver", autoreset_mode=autoreset, copy=False)
+    with without_script():
+        vector = AsyncVectorEnv(fns, context="forkserver", autoreset_mode=autoreset, copy=False)
     if (have := vla.config["action_dim"]) != (want := vector.single_action_space.shape[0]):
         vector.close(terminate=True)
         raise Refusal(f"the checkpoint's actions have {have} dimensions, the domain's {want}: give one of this domain")
     return vector
-
-
-class Player(gym.Env):
-    """A worker process's simulator: plays the (task, seed) that its reset is told, making the task when it changes."""
-
-    def __init__(self, domain_name, task, image_size, index):
-        self.domain, self.image_size, self.index = load_domain(domain_name), image_size, index
-        self.task, self.env = task, self.domain.make(task, image_size)
-        self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
-
-    def reset(self, *, seed=None, options=None):
-        """options["play"][index]: (task, seed), or None to idle."""
-        task_seed = options["play"][self.index]
-        self.idle = task_seed is None
-        if self.idle:
-            return np.zeros(self.observation_space.shape, np.uint8), {}
-        task, seed = task_seed
-        if task != self.task:
-            self.env.close()
-            self.task, self.env = task, self.domain.make(task, self.image_size)
-        return self.env.reset(seed=seed)
-
-    def step(self, action):
-        if self.idle:
-            return np.zeros(self.observation_space.shape, np.uint8), 0.0, False, False, {}
-        return self.env.step(action)
-
-    def close(self):
-        self.env.close()
 
 
 def play(vla, domain, programme, envs, act, keep_images=False, say=None):

@@ -28,8 +28,6 @@ Where the paper is silent or this differs from it:
 
 import functools
 import hashlib
-import importlib
-import multiprocessing
 import re
 import shutil
 import warnings
@@ -464,17 +462,6 @@ def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(2, 1,
     vlm.save_pretrained(folder)
     size = {"height": image_size, "width": image_size}
     BlipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
-
-
-def load_domain(name):
-    """The module domains/<name>.py. Raises Refusal for an unknown name, and where the domain cannot draw."""
-    known = sorted(p.stem for p in (Path(__file__).parent / "domains").glob("[a-z]*.py"))
-    if name not in known:
-        raise Refusal(f"unknown domain {name!r}: known are {', '.join(known)}; a new one is a file in domains/")
-    # Simulators run in processes that are forked from a server: what that has imported, they need not. (Its default,
-    # "__main__", does nothing in Python 3.11: each process would import torch, 3 s and 300 MB.)
-    multiprocessing.set_forkserver_preload(["evaluate", f"domains.{name}"])
-    return importlib.import_module(f"domains.{name}")
 
 
 def describe(vla):

@@ -41,8 +41,9 @@ import stage0_sft
 import stage_rl
 import stage_sft
 from data import attempts
+from domains import load_domain
 from evaluate import all_tasks
-from model import VLA, build_tiny, freeze, load_domain, no_blip2, pick_dtype
+from model import VLA, build_tiny, freeze, no_blip2, pick_dtype
 from report import stage_order
 
 

@@ -48,8 +48,9 @@ from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
 from data import EVAL_SEED, ONLINE_SEED, attempts, write_episode
+from domains import load_domain
 from evaluate import wilson
-from model import VLA, load_domain
+from model import VLA
 from sacfd import squashed
 
 PERIOD = 0.1  # s

@@ -22,8 +22,9 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest
 
+from domains import load_domain
 from evaluate import all_tasks, splits, wilson
-from model import checkpoint_config, load_domain, on_hub
+from model import checkpoint_config, on_hub
 
 # Of a row's stages together. A stage of an earlier version may lack one; then the row has no such number.
 COSTS = {"seconds": sum, "env_steps": sum, "vlm_forwards": sum, "peak_gb": max}

@@ -47,6 +47,8 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
+from domains import Refusal  # noqa: E402
+
 PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy")  # the simulators' are in each domain's PROTOCOL
 FREE = (  # arguments that do not decide a stage's result
     "parent", "data", "out", "device", "threads", "episodes", "accumulate", "checkpointing",
@@ -54,10 +56,6 @@ FREE = (  # arguments that do not decide a stage's result
 COUNTS = ("accumulate", "batch", "envs", "epochs", "image_size", "minibatch", "rollout", "threads")
 PASSING = re.compile(r"(state|priority|replay-\d+)\.safetensors")  # the state, and SACfD's buffer
 STATE_EVERY = float(os.environ.get("STATE_EVERY", 60))  # seconds between two saved states; the tests shorten it
-
-
-class Refusal(Exception):
-    """Something the user can put right: one sentence that names the file or value, and the way out."""
 
 
 def versions():

@@ -36,8 +36,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import RL_SEED, attempts, open_episode
+from domains import load_domain
 from evaluate import simulators
-from model import TokenLearner, load_domain
+from model import TokenLearner
 from run import Refusal, check_memory, read_tensors, whole
 
 RANGE = 1.1  # the squashed action's, a little more than what the environment clips to: atanh(1) is infinite

@@ -51,8 +51,9 @@ import tyro
 from tqdm import tqdm
 
 from data import EXPERT_SEED, Episodes, attempts, write_episode
+from domains import load_domain
 from evaluate import evaluate_stage, finished, only_simulated
-from model import VLA, describe, freeze, load_domain
+from model import VLA, describe, freeze
 
 
 @dataclass
@@ -137,6 +138,7 @@ def collect(args, domain, root):
     noise = domain.NOISE if args.noise is None else args.noise
     kicks = domain.KICKS if args.kicks is None else args.kicks
     total, made = demos * len(tried), sum(have.values())
+    mp.set_forkserver_preload(["evaluate", domain.__name__])  # `record` is this script's, so they do import torch
     with (
         tqdm(desc="D_e: expert episodes", total=total, initial=made, smoothing=0.05) as bar,
         mp.get_context("forkserver").Pool(args.threads, ignore_interrupt) as pool,

@@ -41,8 +41,9 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from data import BORROW_SEED, ONLINE_SEED, RL_SEED, attempts, open_episode, write_episode
+from domains import load_domain
 from evaluate import check_task, evaluate_stage, finished, play, simulators
-from model import VLA, Head, checkpoint_config, describe, freeze, load_domain, log_prob
+from model import VLA, Head, checkpoint_config, describe, freeze, log_prob
 from sacfd import Critics, SACfD, executed, squashed, train_sacfd
 from stage0_sft import sft_loss
 

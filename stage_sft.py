@@ -28,8 +28,9 @@ import torch
 import tyro
 
 from data import Episodes, attempts
+from domains import load_domain
 from evaluate import evaluate_stage, finished
-from model import VLA, checkpoint_config, load_domain
+from model import VLA, checkpoint_config
 from stage0_sft import train_sft
 
 

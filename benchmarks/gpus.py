@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import stage_rl  # noqa: E402
-from model import load_domain  # noqa: E402
+from domains import load_domain  # noqa: E402
 from plan import count, paper_config  # noqa: E402
 from stage0_sft import Args  # noqa: E402
 

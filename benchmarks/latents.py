@@ -20,7 +20,8 @@ import torch  # noqa: E402
 import stage_rl  # noqa: E402
 from benchmarks._turns import in_turns, keep, row  # noqa: E402
 from data import Episodes  # noqa: E402
-from model import VLA, Head, load_domain  # noqa: E402
+from domains import load_domain  # noqa: E402
+from model import VLA, Head  # noqa: E402
 
 
 def main():

@@ -26,7 +26,8 @@ from test_full_size import build  # noqa: E402  writes blip2-opt-2.7b's configur
 
 import stage_rl  # noqa: E402
 from benchmarks._turns import in_turns, keep, row  # noqa: E402
-from model import VLA, Head, build_tiny, freeze, load_domain  # noqa: E402
+from domains import load_domain  # noqa: E402
+from model import VLA, Head, build_tiny, freeze  # noqa: E402
 
 TASK, SIZE, A = "drawer-open", 64, 4
 

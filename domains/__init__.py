@@ -16,14 +16,35 @@ A domain module offers
                                            at the horizon; reset(seed=...) alone determines the initial state
     expert(env)                            -> (A,) float32, the demonstrator's action in the environment's present state
 
-Nothing outside this folder asks which domain it is.
+    PRELOAD                                optional: modules that its environments import when they are made
+
+Nothing outside this folder asks which domain it is. Simulators have processes of their own, which import this folder
+alone and so neither torch nor transformers: a stage begins several seconds earlier.
 """
 
+import importlib
+import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 if sys.platform.startswith("linux"):  # MuJoCo picks its OpenGL back end when it is first imported
     os.environ.setdefault("MUJOCO_GL", "egl")
 # Mesa's software renderer would start threads in each simulator's process; beside other simulators they get in each
 # other's way (1.5 times fewer steps a second, results/experiments.md).
 os.environ.setdefault("LP_NUM_THREADS", "0")
+
+
+class Refusal(Exception):
+    """Something the user can put right: one sentence that names the file or value, and the way out."""
+
+
+def load_domain(name):
+    """The module domains/<name>.py. Raises Refusal for an unknown name, and where the domain cannot draw."""
+    known = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
+    if name not in known:
+        raise Refusal(f"unknown domain {name!r}: known are {', '.join(known)}; a new one is a file in domains/")
+    domain = importlib.import_module(f"domains.{name}")
+    # Simulators run in processes that are forked from a server: what that has imported, they need not.
+    multiprocessing.set_forkserver_preload(["domains._player", domain.__name__, *getattr(domain, "PRELOAD", [])])
+    return domain

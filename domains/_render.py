@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial import ConvexHull
 
+from domains import Refusal
+
 NO_OPENGL = (
     f"MuJoCo could not make an OpenGL context (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}): on Debian and Ubuntu, "
     "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL=osmesa and install libosmesa6"
@@ -22,8 +24,6 @@ NO_OPENGL = (
 
 
 def _refusal(error):
-    from run import Refusal  # here, for it brings torch with it, and the panda's server does without
-
     return Refusal(f"{NO_OPENGL} ({error})")
 
 
@@ -143,8 +143,6 @@ class Picture:
         Each is drawn at twice its size and averaged, so that what is a few pixels large is seen wherever it lies.
         """
         if size > BUFFER // 2:
-            from run import Refusal  # as in _refusal
-
             raise Refusal(f"an image of {size} pixels is larger than the {BUFFER // 2} that are drawn here: give less")
         rows = np.linspace(0, size, len(views) + 1).astype(int)
         image = np.empty((size, size, 3), np.uint8)

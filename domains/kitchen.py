@@ -25,7 +25,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from run import Refusal
+from domains import Refusal
 
 with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # it warns about its other environments
     from gymnasium_robotics.envs.franka_kitchen import KitchenEnv

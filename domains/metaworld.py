@@ -23,7 +23,7 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from run import Refusal
+from domains import Refusal
 
 HORIZON = 80  # decisions; the slowest expert, on door-lock with noise, needs up to 78
 ALGO = "ppo"  # of stage 1

@@ -24,7 +24,7 @@ and was tested on other objects. Sizes, places, cameras and horizon it does not 
 - The expert is a function of the present state alone: a policy that sees one picture cannot imitate a memory.
 """
 
-from domains import _render  # isort: skip  first: where there is no OpenGL it says so; the others would trace back
+from domains import Refusal, _render  # isort: skip  first: where there is no OpenGL it says so; the others would trace back
 
 import argparse
 import json
@@ -52,6 +52,7 @@ NOISE, KICKS = 0.2, 0.06  # of the demonstrations, see stage0_sft.py
 VIEWS = 2  # in a picture
 STEPS = 2500  # of stage 0's optimizer
 DEMOS = 50  # successful expert episodes of each task
+PRELOAD = ["real_robot"]  # what `make` imports
 PERIOD = 0.1  # s, a decision
 LIFT = 0.07  # m that the object has to rise
 PLACES = ((0.42, 0.56), (-0.11, 0.11))  # m, where objects lie, x from the robot and y to its left
@@ -692,8 +693,6 @@ class Child:
         self.process = subprocess.Popen([*command, "--child"], stdin=pipe, stdout=pipe, text=True, cwd=root)
         self.url = self.process.stdout.readline().strip()
         if not self.url:
-            from run import Refusal
-
             raise Refusal("the simulated robot server did not start: `python -m domains.panda serve` says why")
 
 
@@ -703,7 +702,6 @@ def make(task, image_size=64):
     Raises Refusal for an unknown task, and when there is no robot server at ROBOT_URL.
     """
     from real_robot import Panda, Setup  # here, for it brings torch with it, and the server does without
-    from run import Refusal
 
     if task not in THINGS:
         raise Refusal(f"unknown panda task {task!r}: known are {', '.join(THINGS)}")

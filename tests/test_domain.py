@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT, refused
 
 from data import EVAL_SEED, EXPERT_SEED
-from domains import kitchen, metaworld
+from domains import kitchen, load_domain, metaworld
 from evaluate import all_tasks, evaluate
-from model import VLA, load_domain
+from model import VLA
 
 FRESH = """
 import hashlib, importlib, sys, torch

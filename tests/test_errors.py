@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import stage_sft
-from model import VLA, checkpoint_config, load_domain
+from domains import load_domain
+from model import VLA, checkpoint_config
 from run import Stage, alone_in
 
 NEEDED = {
