@@ -15,6 +15,7 @@ import contextlib
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -87,7 +88,8 @@ def without_script():
 
 
 def simulators(fns, vla, autoreset):
-    """Environments in a process each. Raises Refusal when the policy's actions do not fit them."""
+    """Environments in a process each. Raises Refusal when the policy's actions do not fit them. fns: partials of what
+    `domains` has; what a function of a stage refers to, its process would have to import."""
     with without_script():
         vector = AsyncVectorEnv(fns, context="forkserver", autoreset_mode=autoreset, copy=False)
     if (have := vla.config["action_dim"]) != (want := vector.single_action_space.shape[0]):
@@ -144,7 +146,7 @@ def play(vla, domain, programme, envs, act, keep_images=False, say=None):
     vectors = []
     try:
         for group in groups:
-            fns = [lambda w=int(w): Player(name, first, size, w) for w in group]
+            fns = [partial(Player, name, first, size, int(w)) for w in group]
             vectors.append(simulators(fns, vla, AutoresetMode.DISABLED))
         for v, group in zip(vectors, groups):
             for w in group:

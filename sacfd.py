@@ -25,6 +25,7 @@ The paper names SACfD and says half and half, 20 demonstrations, an hour a task;
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import RL_SEED, attempts, open_episode
-from domains import load_domain
+from domains import simulator
 from evaluate import simulators
 from model import TokenLearner
 from run import Refusal, check_memory, read_tensors, whole
@@ -280,7 +281,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
     replay = Replay(rows, N, *h.shape[1:], vla.config["action_dim"], device)
     replay.read(stage.folder, counters.get("rows", 0))
 
-    fns = [lambda: load_domain(name).make(args.task, size)] * N
+    fns = [partial(simulator, name, args.task, size)] * N
     envs = simulators(fns, vla, AutoresetMode.NEXT_STEP)  # rows as in stage_rl.py
     seed = RL_SEED + 10_000 * args.seed + counters["iteration"]  # a resumed run does not repeat its first episodes
     bar = tqdm(desc=f"SACfD {args.task}", total=budget, initial=counters["env_steps"], smoothing=0.1, unit="step")

@@ -31,6 +31,7 @@ import os
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +42,7 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from data import BORROW_SEED, ONLINE_SEED, RL_SEED, attempts, open_episode, write_episode
-from domains import load_domain
+from domains import load_domain, simulator
 from evaluate import check_task, evaluate_stage, finished, play, simulators
 from model import VLA, Head, checkpoint_config, describe, freeze, log_prob
 from sacfd import Critics, SACfD, executed, squashed, train_sacfd
@@ -296,7 +297,7 @@ def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent,
     device, instruction = vla.device, domain.INSTRUCTIONS[args.task]
     name, size = domain.__name__.split(".")[-1], vla.config["image_size"]
     groups = np.array_split(np.arange(args.envs), min(2, args.envs))  # one steps while the other's images are encoded
-    fns = [lambda: load_domain(name).make(args.task, size)] * args.envs
+    fns = [partial(simulator, name, args.task, size)] * args.envs
     # NEXT_STEP: an episode's last picture has a row of its own, and the decision made there is not executed but resets.
     # So row t+1 always holds what decision t led to, and no picture has to be kept or encoded beside the rows.
     envs = [simulators(fns[: len(g)], vla, AutoresetMode.NEXT_STEP) for g in groups]

@@ -17,6 +17,7 @@ python benchmarks/scaling.py --rounds 2 --most 1000 --envs 1 2 --images 64 96   
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode  # noqa: E402
 
 from benchmarks._turns import RESULTS, in_turns, keep  # noqa: E402
 from data import Episodes, write_episode  # noqa: E402
-from domains import load_domain  # noqa: E402
+from domains import load_domain, simulator  # noqa: E402
 from domains import metaworld as domain  # noqa: E402
 from evaluate import all_tasks, without_script  # noqa: E402
 from model import VLA  # noqa: E402
@@ -59,7 +60,7 @@ def data_sets(folders, rounds):
 def simulators(n):
     """A function that makes n simulators do some decisions each, and one that ends them."""
     load_domain("metaworld")  # tells the processes' server what to import
-    make = lambda: load_domain("metaworld").make("drawer-open", SIZE)  # noqa: E731
+    make = partial(simulator, "metaworld", "drawer-open", SIZE)
     with without_script():
         envs = AsyncVectorEnv([make] * n, context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP, copy=False)
     envs.reset(seed=0)

@@ -48,3 +48,8 @@ def load_domain(name):
     # Simulators run in processes that are forked from a server: what that has imported, they need not.
     multiprocessing.set_forkserver_preload(["domains._player", domain.__name__, *getattr(domain, "PRELOAD", [])])
     return domain
+
+
+def simulator(domain_name, task, image_size):
+    """An environment of the domain: what a simulator's process is told to make."""
+    return load_domain(domain_name).make(task, image_size)

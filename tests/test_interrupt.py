@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 from conftest import STAGE_FILES, Project, check_run, episodes, files, kill, leftovers
 
@@ -117,6 +118,10 @@ def test_ctrl_c(stage, tmp_path, checkpoint):
     while not (log.exists() and shown.search(log.read_text())):
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
+    if stage in ("RL blue", "evaluate"):  # simulators begin without torch
+        simulators = psutil.Process(process.pid).children(recursive=True)
+        simulators = [p for p in simulators if "forkserver" in " ".join(p.cmdline())]
+        assert len(simulators) > 2 and not any("torch" in m.path for p in simulators for m in p.memory_maps())
     time.sleep(0.5)
     began = time.time()
     kill(process, signal.SIGINT)
