@@ -11,7 +11,6 @@ python evaluate.py --checkpoint runs/NAME-seed0/0-sft --tasks TASK --episodes 3 
 
 from run import Refusal, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
-import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -75,23 +74,21 @@ def only_simulated(domain, what):
         raise Refusal(f"ROBOT_URL is set, and {what} is for simulated robots: unset it, or see real_robot.md")
 
 
-@contextlib.contextmanager
-def without_script():
-    """Processes that are started in here do not import this process's script again, and with it torch."""
+def processes(fns, autoreset):
+    """An AsyncVectorEnv of environments in a process each, forked from a server. fns: partials of what `domains` has;
+    what a function of a stage refers to, its process would have to import."""
     script = vars(sys.modules["__main__"])
-    path = script.pop("__file__", None)  # where multiprocessing finds it
+    path = script.pop("__file__", None)  # else each would import this process's script again, and with it torch
     try:
-        yield
+        return AsyncVectorEnv(fns, context="forkserver", autoreset_mode=autoreset, copy=False)
     finally:
         if path is not None:
             script["__file__"] = path
 
 
 def simulators(fns, vla, autoreset):
-    """Environments in a process each. Raises Refusal when the policy's actions do not fit them. fns: partials of what
-    `domains` has; what a function of a stage refers to, its process would have to import."""
-    with without_script():
-        vector = AsyncVectorEnv(fns, context="forkserver", autoreset_mode=autoreset, copy=False)
+    """`processes`, for a policy. Raises Refusal when its actions do not fit them."""
+    vector = processes(fns, autoreset)
     if (have := vla.config["action_dim"]) != (want := vector.single_action_space.shape[0]):
         vector.close(terminate=True)
         raise Refusal(f"the checkpoint's actions have {have} dimensions, the domain's {want}: give one of this domain")

@@ -25,13 +25,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode  # noqa: E402
+from gymnasium.vector import AutoresetMode  # noqa: E402
 
 from benchmarks._turns import RESULTS, in_turns, keep  # noqa: E402
 from data import Episodes, write_episode  # noqa: E402
 from domains import load_domain, simulator  # noqa: E402
 from domains import metaworld as domain  # noqa: E402
-from evaluate import all_tasks, without_script  # noqa: E402
+from evaluate import all_tasks, processes  # noqa: E402
 from model import VLA  # noqa: E402
 
 T, SIZE, SENTENCE = 40, 64, "open the drawer"
@@ -61,8 +61,7 @@ def simulators(n):
     """A function that makes n simulators do some decisions each, and one that ends them."""
     load_domain("metaworld")  # tells the processes' server what to import
     make = partial(simulator, "metaworld", "drawer-open", SIZE)
-    with without_script():
-        envs = AsyncVectorEnv([make] * n, context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP, copy=False)
+    envs = processes([make] * n, AutoresetMode.NEXT_STEP)
     envs.reset(seed=0)
     actions = np.random.default_rng(0).uniform(-0.3, 0.3, (16, n, 4)).astype(np.float32)
     return lambda: [envs.step(a) for a in actions], envs

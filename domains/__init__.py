@@ -19,7 +19,7 @@ A domain module offers
     PRELOAD                                optional: modules that its environments import when they are made
 
 Nothing outside this folder asks which domain it is. Simulators have processes of their own, which import this folder
-alone and so neither torch nor transformers: a stage begins several seconds earlier.
+alone, and so neither torch nor transformers (but for PRELOAD): a stage begins several seconds earlier.
 """
 
 import importlib
