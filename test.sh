@@ -5,4 +5,4 @@ cd "$(dirname "$0")"
 source venv.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+"$PYTHON" -m pytest -n 2 --dist worksteal "$@"

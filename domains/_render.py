@@ -88,14 +88,14 @@ def camera(lookat, distance, azimuth, elevation):
 
 
 class Picture:
-    """Draws a model from one camera. Holds a GL context from `draw` to `close`; drawing again makes a new one."""
+    """Draws a model from one camera. Holds it in OpenGL from `draw` to `close`; drawing again loads it again."""
 
     def __init__(self, model, view):
         model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = BUFFER
         self.model, self.view, self.option = model, view, mujoco.MjvOption()
         self.option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = True  # colliding meshes: what physics sees, fewer faces
-        self.free = None  # frees the GL context, where there is one
+        self.free = None  # frees what OpenGL holds of the model, where it does
 
     def open(self):
         """Raises Refusal when no GL context can be made."""
@@ -103,16 +103,13 @@ class Picture:
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self.scene.flags[flag] = False
         try:
-            self.gl = mujoco.gl_context.GLContext(BUFFER, BUFFER)
-            self.gl.make_current()
+            _gl().make_current()
             self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         except Exception as error:  # noqa: BLE001  each back end fails in its own way
             raise _refusal(error) from error
-        self.free = weakref.finalize(self, _free, self.gl, self.context)  # also when forgotten
+        self.free = weakref.finalize(self, _free, self.context)  # also when forgotten
         self.free.atexit = False
         _opened.append(self.free)
-        _free_at_exit()
 
     def close(self):
         if self.free is not None:
@@ -130,7 +127,8 @@ class Picture:
         if self.free is None:
             self.open()
         rect, image = mujoco.MjrRect(0, 0, size, height), np.empty((height, size, 3), np.uint8)
-        self.gl.make_current()  # another environment of this process may have drawn since
+        _gl().make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)  # another one may have drawn since
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self.model, data, self.option, None, view, everything, self.scene)
         mujoco.mjr_render(rect, self.scene, self.context)
@@ -153,17 +151,20 @@ class Picture:
         return image
 
 
-_opened = []  # what frees contexts
+_opened = []  # what frees a Picture's part
 
 
 @functools.cache
-def _free_at_exit():
-    """Frees at exit what is still open, before MuJoCo ends EGL, for that would make it fail: registered after the first
+def _gl():
+    """The process's one GL context, which its Pictures share: in a new one the first model costs 0.4 s more.
+
+    What is still open is freed at exit, before MuJoCo ends EGL, for that would make it fail: registered after the
     context, with which MuJoCo registers its end, this runs before it."""
-    atexit.register(lambda: [free() for free in _opened])
+    gl = mujoco.gl_context.GLContext(BUFFER, BUFFER)
+    atexit.register(lambda: ([free() for free in _opened], gl.free()))
+    return gl
 
 
-def _free(gl, context):
-    gl.make_current()
+def _free(context):
+    _gl().make_current()
     context.free()
-    gl.free()

@@ -264,7 +264,7 @@ class Kitchen(gym.Env):
         return self.picture(_render.BUFFER // 2)
 
     def close(self):
-        """Frees the GL context. The environment may still be used, and then makes a new one."""
+        """Frees what OpenGL holds of it. The environment may still be used, and then loads that again."""
         self.screen.close()
 
 

@@ -4,7 +4,7 @@ import re
 import shutil
 
 import torch
-from conftest import make_vla
+from conftest import make_vla, refused
 from test_errors import one_sentence
 
 import plan
@@ -55,11 +55,13 @@ def test_plan_before_the_weights_are_here(project, backbone, tmp_path):
     assert "its weights are not here" in out and "minutes" in out
 
 
-def test_what_does_not_fit_is_refused(project):
+def test_what_does_not_fit_is_refused(project, tmp_path, monkeypatch):
     """Memory and disk, in one sentence; the way out that it names is one."""
     command = ["python", "plan.py", "--domain", "toy", "--run", "runs/planned"]
     said = one_sentence(project.run(*command, "--stage0=--batch 5000000"))
     assert "stage 0" in said and "GB" in said
     project.must(*command, f"--stage0=--batch 5000000 {re.search('--accumulate [0-9]+', said)[0]}")
-    assert "--rollout" in one_sentence(project.run(*command, "--rl=--rollout 50000000"))
-    assert "--demos" in one_sentence(project.run(*command, "--stage0=--demos 500000000"))
+    monkeypatch.chdir(tmp_path)
+    assert "--rollout" in refused(plan.story, plan.Args("metaworld", rl="--rollout 50000000"))
+    assert "--demos" in refused(plan.story, plan.Args("metaworld", stage0="--demos 500000000"))
+    assert not list(tmp_path.iterdir())
