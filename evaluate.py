@@ -9,7 +9,7 @@ python evaluate.py --checkpoint runs/NAME-seed0/0-sft            all tasks, 25 e
 python evaluate.py --checkpoint runs/NAME-seed0/0-sft --tasks TASK --episodes 3 --video task.mp4
 """
 
-from run import Refusal, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import COUNTS, Refusal, check_counts, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import os
 import sys
@@ -259,9 +259,8 @@ def film(vla, domain, tasks, episodes, path):
 
 
 def story(args):
+    check_counts(args, (*COUNTS, "episodes"))
     torch.set_num_threads(args.threads)
-    if min(args.episodes, args.envs, args.threads) < 1:
-        raise Refusal("--episodes, --envs and --threads count from 1")
     domain = load_domain(checkpoint_config(args.checkpoint)["domain"])
     vla = VLA.load(args.checkpoint, device=pick_device(args.device))
     tasks = list(args.tasks) or all_tasks(domain)

@@ -205,6 +205,13 @@ def mean_over_ranks(x):
 # A stage's folder
 
 
+def check_counts(args, names=COUNTS):
+    """Raises Refusal for a number below 1 among those of a dataclass of arguments that count something."""
+    for name, n in asdict(args).items():
+        if name in names and n < 1:
+            raise Refusal(f"--{name.replace('_', '-')} {n} cannot be: it counts from 1")
+
+
 class Stage:
     """One stage of a run, `runs/<name>/<stage>/`, resumable until it is finished.
 
@@ -220,9 +227,7 @@ class Stage:
         self.decides = {k: v for k, v in asdict(args).items() if k not in FREE and k not in unused}
         self.folder = self.out.with_name(f".{self.out.name}.partial")
         self.done = self.out.is_dir()
-        for name, n in asdict(args).items():
-            if name in COUNTS and n < 1:
-                raise Refusal(f"--{name.replace('_', '-')} {n} cannot be: it counts from 1")
+        check_counts(args)
         task = getattr(args, "task", None)
         parent = getattr(args, "parent", None)  # beside `out`, wherever the run's folder may have been moved
         kind, args = type(args), self.decides | {"parent": parent and os.path.relpath(parent, self.out.parent)}
