@@ -76,8 +76,7 @@ class Project:
         self.folder = folder
         for name in [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]:
             shutil.copy(name, folder)
-        without = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "domains", folder / "domains", ignore=without, dirs_exist_ok=True)
+        shutil.copytree(ROOT / "domains", folder / "domains", ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "domains/toy.py").write_text(TOY)
 
     def start(self, *command, **env):
@@ -223,13 +222,14 @@ def backbone(tmp_path_factory):
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """A toy project in which the smoke loop has run once from beginning to end, and how long that took. The first test
-    process that needs it makes it; each has a copy."""
-    base = tmp_path_factory.getbasetemp()
-    first = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed"
-    with alone_in(first):
-        if not (first / "seconds").exists():
-            project, began = Project(first), time.time()
+    process that needs it runs it; each has a copy."""
+    project, base = Project(tmp_path_factory.mktemp("undisturbed")), tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    with alone_in(shared):
+        if not (shared / "seconds").exists():
+            began = time.time()
             project.must("bash", "loop.sh", "toy", "1", SMOKE="1")
-            (first / "seconds").write_text(str(time.time() - began))
-    folder = shutil.copytree(first, tmp_path_factory.mktemp("undisturbed"), dirs_exist_ok=True)
-    return Project(folder), float((folder / "seconds").read_text())
+            shutil.copytree(project.folder / "runs", shared / "runs")
+            (shared / "seconds").write_text(str(time.time() - began))
+    shutil.copytree(shared / "runs", project.folder / "runs", dirs_exist_ok=True)
+    return project, float((shared / "seconds").read_text())
