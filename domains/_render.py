@@ -9,6 +9,7 @@ elsewhere, may be replaced.
 import atexit
 import functools
 import os
+import threading
 import weakref
 from pathlib import Path
 
@@ -24,7 +25,7 @@ NO_OPENGL = (
 
 
 def _refusal(error):
-    return Refusal(f"{NO_OPENGL} ({error})")
+    return Refusal(f"{NO_OPENGL} ({' '.join(str(error).split())})")  # EGL's has many lines
 
 
 try:
@@ -88,7 +89,7 @@ def camera(lookat, distance, azimuth, elevation):
 
 
 class Picture:
-    """Draws a model from one camera. Holds it in OpenGL from `draw` to `close`; drawing again loads it again."""
+    """Draws a model from one camera. Holds it in OpenGL from `draw` to `close`, which belong in one thread."""
 
     def __init__(self, model, view):
         model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
@@ -103,11 +104,13 @@ class Picture:
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self.scene.flags[flag] = False
         try:
-            _gl().make_current()
+            own = threading.current_thread() is not threading.main_thread()
+            self.gl = _new() if own else _shared()
+            self.gl.make_current()
             self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
         except Exception as error:  # noqa: BLE001  each back end fails in its own way
             raise _refusal(error) from error
-        self.free = weakref.finalize(self, _free, self.context)  # also when forgotten
+        self.free = weakref.finalize(self, _free, self.gl, self.context, own)  # also when forgotten
         self.free.atexit = False
         _opened.append(self.free)
 
@@ -127,7 +130,7 @@ class Picture:
         if self.free is None:
             self.open()
         rect, image = mujoco.MjrRect(0, 0, size, height), np.empty((height, size, 3), np.uint8)
-        _gl().make_current()
+        self.gl.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)  # another one may have drawn since
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self.model, data, self.option, None, view, everything, self.scene)
@@ -152,19 +155,33 @@ class Picture:
 
 
 _opened = []  # what frees a Picture's part
+_frees = []  # what frees the shared GL context
 
 
-@functools.cache
-def _gl():
-    """The process's one GL context, which its Pictures share: in a new one the first model costs 0.4 s more.
-
-    What is still open is freed at exit, before MuJoCo ends EGL, for that would make it fail: registered after the
-    context, with which MuJoCo registers its end, this runs before it."""
+def _new():
     gl = mujoco.gl_context.GLContext(BUFFER, BUFFER)
-    atexit.register(lambda: ([free() for free in _opened], gl.free()))
+    _free_at_exit()
     return gl
 
 
-def _free(context):
-    _gl().make_current()
+@functools.cache
+def _shared():
+    """The GL context of the main thread's Pictures: in a new one the first model costs 0.4 s more. A context is current
+    in one thread at a time, so each Picture of another thread has its own."""
+    gl = _new()
+    _frees.append(gl.free)
+    return gl
+
+
+@functools.cache
+def _free_at_exit():
+    """Frees at exit what is still open, before MuJoCo ends EGL, for that would make it fail: registered after the first
+    context, with which MuJoCo registers its end, this runs before it."""
+    atexit.register(lambda: [free() for free in (*_opened, *_frees)])
+
+
+def _free(gl, context, own):
+    gl.make_current()
     context.free()
+    if own:
+        gl.free()

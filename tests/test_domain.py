@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import gymnasium as gym
 import numpy as np
@@ -145,8 +146,8 @@ def test_the_kitchen_s_new_tasks_look_new():
 
 
 def test_environments_of_one_process_do_not_disturb_each_other():
-    """Closed and used again, beside one of another domain or after another one, an environment draws what it drew
-    alone (kitchen and Meta-World drawn by gymnasium's renderer corrupt each other's pictures)."""
+    """Closed and used again, beside one of another domain, in another thread or after another one, an environment draws
+    what it drew alone (kitchen and Meta-World drawn by gymnasium's renderer corrupt each other's pictures)."""
     first = metaworld.make("drawer-open", 64)
     alone = first.reset(seed=1)[0]
     second = kitchen.make("left-door-open-new", 64)
@@ -155,6 +156,17 @@ def test_environments_of_one_process_do_not_disturb_each_other():
     first.close()
     assert close_to(second.reset(seed=1)[0], other)
     assert close_to(first.reset(seed=1)[0], alone)
+    in_a_thread = []
+
+    def draw():
+        env = metaworld.make("drawer-open", 64)
+        in_a_thread.append(env.reset(seed=1)[0])
+        env.close()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+    assert close_to(in_a_thread[0], alone) and close_to(first.reset(seed=1)[0], alone)
     first.close()
     second.close()
     third = metaworld.make("drawer-open", 64)
