@@ -9,7 +9,7 @@ python evaluate.py --checkpoint runs/NAME-seed0/0-sft            all tasks, 25 e
 python evaluate.py --checkpoint runs/NAME-seed0/0-sft --tasks TASK --episodes 3 --video task.mp4
 """
 
-from run import COUNTS, Refusal, check_counts, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import COUNTS, Refusal, check_counts, checkpoint_config, main, pick_device, read_json, versions, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import os
 import sys
@@ -27,7 +27,6 @@ from tqdm import tqdm
 from data import EVAL_SEED
 from domains import load_domain
 from domains._player import Player
-from model import VLA, checkpoint_config
 
 NO_POLICY = "the policy's action is NaN: this checkpoint cannot act; train it again from its parent"
 gym.logger.min_level = 50  # above ERROR: what goes wrong in a simulator is raised here, which is enough
@@ -106,7 +105,7 @@ def play(vla, domain, programme, envs, act, keep_images=False, say=None):
     name, size = domain.__name__.split(".")[-1], vla.config["image_size"]
     left = {task: list(seeds) for task, seeds in programme.items() if seeds}
     total = sum(map(len, left.values()))
-    envs = min(envs, total)
+    envs = min(envs, total, max(2 * os.cpu_count(), total // 8))  # a simulator takes as long to begin as an episode
     groups = np.array_split(np.arange(envs), min(2, envs))
     first = next(iter(left))
     untouched, now = list(left), {}  # now: simulator -> the episode that it plays
@@ -197,6 +196,8 @@ def evaluate_stage(folder, domain, episodes, device, envs=16, vla=None):
     """Evaluate a finished stage on all of the domain's tasks and write eval.json into its folder, once."""
     path = Path(folder) / "eval.json"
     if episodes and not path.exists():
+        from model import VLA  # here, not above: report.py imports this file, and would wait for transformers
+
         vla = vla or VLA.load(folder, domain.__name__.split(".")[-1], device)
         tasks = evaluate(vla, domain, all_tasks(domain), episodes, envs, f"evaluate {path.parent.name}")
         write_json(path, record(vla, domain, tasks))
@@ -259,6 +260,8 @@ def film(vla, domain, tasks, episodes, path):
 
 
 def story(args):
+    from model import VLA
+
     check_counts(args, (*COUNTS, "episodes"))
     torch.set_num_threads(args.threads)
     domain = load_domain(checkpoint_config(args.checkpoint)["domain"])

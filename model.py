@@ -28,7 +28,6 @@ Where the paper is silent or this differs from it:
 
 import functools
 import hashlib
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -53,7 +52,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.utils import logging as hf_logging
 
-from run import Refusal, ranks, read_json, read_tensors, together, versions, write_json
+from run import Refusal, checkpoint_config, on_hub, ranks, read_json, read_tensors, together, versions, write_json
 
 hf_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks transformers by an old name
@@ -342,14 +341,6 @@ class VLA(nn.Module):
         return vla.to(device)
 
 
-def checkpoint_config(folder):
-    """A checkpoint's config.json. Raises Refusal for a folder that is no checkpoint of this project."""
-    config = read_json(Path(folder) / "config.json")
-    if not {"domain", "weights", "action_dim"} <= set(config):
-        raise Refusal(f"{folder} holds no policy of this project: give a checkpoint, such as runs/<name>/0-sft")
-    return config
-
-
 def cast_once(vlm, once=True):
     """PEFT casts what enters LoRA to its float32, and autocast casts that back. Without, an SFT step takes 1 to 2 %
     less at the paper's size, and its gradients are the same, bit for bit. once=False: as PEFT has it."""
@@ -357,11 +348,6 @@ def cast_once(vlm, once=True):
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = not once
     return vlm
-
-
-def on_hub(name):
-    """Is this user/name on the Hugging Face hub, and not a path here?"""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))) and not Path(name).parent.exists()
 
 
 def snapshot(name):

@@ -10,7 +10,7 @@ python report.py --table results/NAME/ire-vla-seed0 results/NAME/ire-vla-seed1 -
 python report.py --curves runs/fig4-NAME-seed0/s*/* --out runs/fig4-NAME-seed0
 """
 
-from run import Refusal, main, read_json, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, checkpoint_config, main, on_hub, read_json, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import itertools
 import json
@@ -24,7 +24,6 @@ from scipy.stats import binomtest
 
 from domains import load_domain
 from evaluate import all_tasks, splits, wilson
-from model import checkpoint_config, on_hub
 
 # Of a row's stages together. A stage of an earlier version may lack one; then the row has no such number.
 COSTS = {"seconds": sum, "env_steps": sum, "vlm_forwards": sum, "peak_gb": max}

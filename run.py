@@ -162,6 +162,19 @@ def read_json(path):
         raise Refusal(f"{path} is not JSON ({error}): restore it, or delete its folder and train again") from error
 
 
+def checkpoint_config(folder):
+    """A checkpoint's config.json. Raises Refusal for a folder that is no checkpoint of this project."""
+    config = read_json(Path(folder) / "config.json")
+    if not {"domain", "weights", "action_dim"} <= set(config):
+        raise Refusal(f"{folder} holds no policy of this project: give a checkpoint, such as runs/<name>/0-sft")
+    return config
+
+
+def on_hub(name):
+    """Is this user/name on the Hugging Face hub, and not a path here?"""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))) and not Path(name).parent.exists()
+
+
 def read_tensors(path, device="cpu"):
     """(tensors, metadata) of a safetensors file. Raises Refusal when it is missing or cut short."""
     try:

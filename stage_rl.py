@@ -25,7 +25,7 @@ Where the paper is silent or this differs from it:
 python stage_rl.py --task TASK --parent runs/NAME-seed0/0-sft --out runs/NAME-seed0/1-rl-TASK
 """
 
-from run import Refusal, Stage, check_memory, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, Stage, check_memory, checkpoint_config, load_optimizer, main, optimizer_tensors, pick_device  # isort: skip  first, for Ctrl-C while torch is imported
 
 import os
 import time
@@ -44,7 +44,7 @@ from tqdm import tqdm
 from data import BORROW_SEED, ONLINE_SEED, RL_SEED, attempts, open_episode, write_episode
 from domains import load_domain, simulator
 from evaluate import check_task, evaluate_stage, finished, play, simulators
-from model import VLA, Head, checkpoint_config, describe, freeze, log_prob
+from model import VLA, Head, describe, freeze, log_prob
 from sacfd import Critics, SACfD, executed, squashed, train_sacfd
 from stage0_sft import sft_loss
 

@@ -17,7 +17,7 @@ Where the paper is silent or this differs from it:
 python stage_sft.py --parent runs/NAME-seed0/1-rl-TASK --out runs/NAME-seed0/1-sft
 """
 
-from run import Stage, main, pick_device, ranks  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Stage, checkpoint_config, main, pick_device, ranks  # isort: skip  first, for Ctrl-C while torch is imported
 
 import os
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ import tyro
 from data import Episodes, attempts
 from domains import load_domain
 from evaluate import evaluate_stage, finished
-from model import VLA, checkpoint_config
+from model import VLA
 from stage0_sft import train_sft
 
 

@@ -17,8 +17,8 @@ import evaluate
 import stage_rl
 import stage_sft
 from domains import load_domain
-from model import VLA, checkpoint_config
-from run import Stage, alone_in
+from model import VLA
+from run import Stage, alone_in, checkpoint_config
 
 NEEDED = {
     "whole": [

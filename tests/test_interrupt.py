@@ -38,7 +38,7 @@ def killed_often(folder, domain, kills, seconds, seed):
 def test_loop_killed_at_random_instants(undisturbed, tmp_path, toy):
     """SIGKILL of everything, the same command again: a complete run, the same D_e, the same weights after SFT."""
     whole, seconds = undisturbed
-    project = killed_often(tmp_path, "toy", 3, 0.7 * seconds, seed=0)
+    project = killed_often(tmp_path, "toy", 2, 0.7 * seconds, seed=0)
     stages = ["0-sft", "1-rl-blue", "1-sft"]
     run = check_run(tmp_path, toy, stages, 2, tmp_path / "runs/D_e-smoke/toy")
     check_run(whole.folder, toy, stages, 2, whole.folder / "runs/D_e-smoke/toy")
