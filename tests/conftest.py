@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from data import ONLINE_SEED, attempts, open_episode  # noqa: E402
+from data import ONLINE_SEED, Episodes, attempts, open_episode, write_episode  # noqa: E402
 from evaluate import all_tasks  # noqa: E402
 from model import VLA, build_tiny  # noqa: E402
 from run import alone_in  # noqa: E402
@@ -182,6 +183,19 @@ def episodes(folder):
     opened = {p.relative_to(folder): open_episode(p) for p in Path(folder).rglob("*.safetensors")}
     names = ("image", "action", "reward")
     return {p: (header, *(handle.get_tensor(n).tobytes() for n in names)) for p, (handle, header) in opened.items()}
+
+
+def write_d_e(root, toy, episodes=3, T=5):
+    """Episodes of noise for the toy domain's expert tasks."""
+    rng = np.random.default_rng(0)
+    for task in toy.EXPERT_TASKS:
+        for k in range(episodes):
+            write_episode(
+                root / task / f"{k:06d}.safetensors", rng.integers(0, 256, (T, 32, 32, 3)), rng.uniform(-1, 1, (T, 2)),
+                np.eye(T)[-1], domain="toy", task=task, instruction=toy.INSTRUCTIONS[task], source="expert", seed=k,
+                protocol=toy.PROTOCOL,
+            )  # fmt: skip
+    return lambda: Episodes({root / task: 1.0 for task in toy.EXPERT_TASKS}, toy, 32)
 
 
 @pytest.fixture(autouse=True)

@@ -5,30 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_vla, refused
+from conftest import make_vla, refused, write_d_e
 from safetensors.torch import load_file, save_file
 from test_model import randomise
 
 import data
-from data import Episodes, write_episode
+from data import write_episode
 from model import VLA, freeze
 from run import Stage
 from stage0_sft import Args, sft_gradient
 
 ARGS = dict(lora_targets="language", dtype="bfloat16")
-
-
-def write_d_e(root, toy, episodes=3, T=5):
-    """Episodes of noise for the toy domain's expert tasks."""
-    rng = np.random.default_rng(0)
-    for task in toy.EXPERT_TASKS:
-        for k in range(episodes):
-            write_episode(
-                root / task / f"{k:06d}.safetensors", rng.integers(0, 256, (T, 32, 32, 3)), rng.uniform(-1, 1, (T, 2)),
-                np.eye(T)[-1], domain="toy", task=task, instruction=toy.INSTRUCTIONS[task], source="expert", seed=k,
-                protocol=toy.PROTOCOL,
-            )  # fmt: skip
-    return lambda: Episodes({root / task: 1.0 for task in toy.EXPERT_TASKS}, toy, 32)
 
 
 def frozen_vla(folder, backbone, **changes):

@@ -88,8 +88,8 @@ def test_kill_in_the_middle_of_a_write(tmp_path, toy):
     stage0 = ["stage0_sft.py", "--domain", "toy", "--data", "D_e", "--out", "runs/0-sft"]
     stage0 += ["--demos", "2", "--steps", "30", "--batch", "8", "--episodes", "1"]
     for target, times, call in (
-        ("000001.safetensors", 1, RECORD), ("stage.json", 1, STORY), ("state.safetensors", 1, STORY),
-        ("state.safetensors", 3, STORY), ("0-sft", 1, STORY), ("eval.json", 1, STORY),
+        ("000001.safetensors", 1, RECORD), ("stage.json", 1, STORY), ("state.safetensors", 3, STORY),
+         ("0-sft", 1, STORY), ("eval.json", 1, STORY),
     ):  # fmt: skip
         code, out, err = project.run("python", "-c", CRASH, target, times, call, *stage0, STATE_EVERY="0")
         assert code == -signal.SIGKILL, out + err

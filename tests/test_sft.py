@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import files, kill
+from conftest import files, kill, write_d_e
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -53,14 +53,14 @@ def saved_step(out):
 
 
 @pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
-def test_killed_sft_goes_on_bit_for_bit(stage, project, checkpoint):
+def test_killed_sft_goes_on_bit_for_bit(stage, project, checkpoint, toy):
     """SIGKILL after a saved state and the same command again give the weights and the log of an undisturbed run."""
     data, runs, steps = project.folder / "runs/D_e-resume", project.folder / "runs" / stage, 120
     common = ["--domain", "toy", "--data", data, "--batch", "8", "--episodes", "0", "--threads", "1"]
     collect = ["python", "stage0_sft.py", *common, "--demos", "3", "--image-size", "32"]
     whole, killed = runs / "whole", runs / "killed"
     if stage == "stage_sft":
-        project.must(*collect, "--steps", "1", "--out", runs / "0-sft")  # makes D_e
+        write_d_e(data / "toy", toy)
         command = ["python", "stage_sft.py", *common, "--parent", checkpoint, "--steps", steps]
     else:
         command = [*collect, "--dtype", "float32", "--steps", steps]
@@ -126,31 +126,34 @@ def test_augment_stretches_about_the_middle():
 
 
 @pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
-def test_two_processes_train_as_one_does(project, checkpoint, stage):
+def test_two_processes_train_as_one_does(project, checkpoint, toy, stage):
     """torchrun with two gloo processes: the loss curve and the weights of one process with the same global batch, to
-    rounding; stopped, and gone on with by one process, too."""
+    rounding; stopped, and gone on with by one process, too, of which one stage will do."""
     runs, data = project.folder / f"runs/ranks-{stage}", project.folder / f"runs/D_e-ranks-{stage}"
     common = ["--domain", "toy", "--data", data, "--batch", "16", "--episodes", "0", "--threads", "1", "--steps", "20"]
     first = ["stage0_sft.py", *common, "--demos", "2", "--image-size", "32", "--dtype", "float32"]
     if stage == "stage_sft":
-        project.must("python", *first, "--steps", "1", "--out", runs / "0-sft")  # makes D_e
+        write_d_e(data / "toy", toy)
         command = ["stage_sft.py", *common, "--parent", checkpoint]
     else:
         command = first
     two = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
     project.must("python", *command, "--out", runs / "one")
     project.must(*two, "--out", runs / "two")
-    process = project.start(*two, "--out", runs / "resumed", STATE_EVERY="0")
-    while saved_step(runs / "resumed") < 3 and process.poll() is None:
-        time.sleep(0.02)
-    kill(process, signal.SIGTERM).wait()  # not SIGKILL: torchrun would leave its processes running
-    assert saved_step(runs / "resumed") < 20
-    project.must("python", *command, "--out", runs / "resumed")
+    others = ["two"]
+    if stage == "stage_sft":
+        others.append("resumed")
+        process = project.start(*two, "--out", runs / "resumed", STATE_EVERY="0")
+        while saved_step(runs / "resumed") < 3 and process.poll() is None:
+            time.sleep(0.02)
+        kill(process, signal.SIGTERM).wait()  # not SIGKILL: torchrun would leave its processes running
+        assert saved_step(runs / "resumed") < 20
+        project.must("python", *command, "--out", runs / "resumed")
     log, heads = {}, {}
-    for name in ("one", "two", "resumed"):
+    for name in ("one", *others):
         log[name] = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
         heads[name] = load_file(runs / name / "heads.safetensors")
-    for name in ("two", "resumed"):
+    for name in others:
         assert [row["step"] for row in log[name]] == [row["step"] for row in log["one"]] and log[name]
         if name == "two":  # the other one's line is of the steps since it went on
             np.testing.assert_allclose(log[name][0]["loss"], log["one"][0]["loss"], rtol=1e-3)
