@@ -39,7 +39,7 @@ class Args:
     episodes: int = 25  # episodes of each task
     video: str = ""  # instead: film these episodes, as this .mp4
     out: str = ""  # where to write the result; empty: the checkpoint's eval.json, when all tasks are evaluated
-    envs: int = 16  # simulators in parallel, a process each
+    envs: int = 16  # simulators in parallel at most, a process each
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
     threads: int = 1  # CPU threads of torch; the simulators have the other cores
 

@@ -154,8 +154,7 @@ class Picture:
         return image
 
 
-_opened = []  # what frees a Picture's part
-_frees = []  # what frees the shared GL context
+_opened = []  # what frees the shared GL context and each Picture's part, in the order in which they were made
 
 
 def _new():
@@ -169,7 +168,7 @@ def _shared():
     """The GL context of the main thread's Pictures: in a new one the first model costs 0.4 s more. A context is current
     in one thread at a time, so each Picture of another thread has its own."""
     gl = _new()
-    _frees.append(gl.free)
+    _opened.append(gl.free)
     return gl
 
 
@@ -177,7 +176,7 @@ def _shared():
 def _free_at_exit():
     """Frees at exit what is still open, before MuJoCo ends EGL, for that would make it fail: registered after the first
     context, with which MuJoCo registers its end, this runs before it."""
-    atexit.register(lambda: [free() for free in (*_opened, *_frees)])
+    atexit.register(lambda: [free() for free in reversed(_opened)])
 
 
 def _free(gl, context, own):

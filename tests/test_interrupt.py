@@ -38,7 +38,7 @@ def killed_often(folder, domain, kills, seconds, seed):
 def test_loop_killed_at_random_instants(undisturbed, tmp_path, toy):
     """SIGKILL of everything, the same command again: a complete run, the same D_e, the same weights after SFT."""
     whole, seconds = undisturbed
-    project = killed_often(tmp_path, "toy", 2, 0.7 * seconds, seed=0)
+    project = killed_often(tmp_path, "toy", 3, 0.7 * seconds, seed=0)
     stages = ["0-sft", "1-rl-blue", "1-sft"]
     run = check_run(tmp_path, toy, stages, 2, tmp_path / "runs/D_e-smoke/toy")
     check_run(whole.folder, toy, stages, 2, whole.folder / "runs/D_e-smoke/toy")
@@ -88,8 +88,8 @@ def test_kill_in_the_middle_of_a_write(tmp_path, toy):
     stage0 = ["stage0_sft.py", "--domain", "toy", "--data", "D_e", "--out", "runs/0-sft"]
     stage0 += ["--demos", "2", "--steps", "30", "--batch", "8", "--episodes", "1"]
     for target, times, call in (
-        ("000001.safetensors", 1, RECORD), ("stage.json", 1, STORY), ("state.safetensors", 3, STORY),
-         ("0-sft", 1, STORY), ("eval.json", 1, STORY),
+        ("000001.safetensors", 1, RECORD), ("stage.json", 1, STORY), ("state.safetensors", 1, STORY),
+        ("state.safetensors", 3, STORY), ("0-sft", 1, STORY), ("eval.json", 1, STORY),
     ):  # fmt: skip
         code, out, err = project.run("python", "-c", CRASH, target, times, call, *stage0, STATE_EVERY="0")
         assert code == -signal.SIGKILL, out + err

@@ -128,7 +128,7 @@ def test_augment_stretches_about_the_middle():
 @pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
 def test_two_processes_train_as_one_does(project, checkpoint, toy, stage):
     """torchrun with two gloo processes: the loss curve and the weights of one process with the same global batch, to
-    rounding; stopped, and gone on with by one process, too, of which one stage will do."""
+    rounding; stopped, and gone on with by one process, too."""
     runs, data = project.folder / f"runs/ranks-{stage}", project.folder / f"runs/D_e-ranks-{stage}"
     common = ["--domain", "toy", "--data", data, "--batch", "16", "--episodes", "0", "--threads", "1", "--steps", "20"]
     first = ["stage0_sft.py", *common, "--demos", "2", "--image-size", "32", "--dtype", "float32"]
@@ -140,20 +140,17 @@ def test_two_processes_train_as_one_does(project, checkpoint, toy, stage):
     two = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
     project.must("python", *command, "--out", runs / "one")
     project.must(*two, "--out", runs / "two")
-    others = ["two"]
-    if stage == "stage_sft":
-        others.append("resumed")
-        process = project.start(*two, "--out", runs / "resumed", STATE_EVERY="0")
-        while saved_step(runs / "resumed") < 3 and process.poll() is None:
-            time.sleep(0.02)
-        kill(process, signal.SIGTERM).wait()  # not SIGKILL: torchrun would leave its processes running
-        assert saved_step(runs / "resumed") < 20
-        project.must("python", *command, "--out", runs / "resumed")
+    process = project.start(*two, "--out", runs / "resumed", STATE_EVERY="0")
+    while saved_step(runs / "resumed") < 3 and process.poll() is None:
+        time.sleep(0.02)
+    kill(process, signal.SIGTERM).wait()  # not SIGKILL: torchrun would leave its processes running
+    assert saved_step(runs / "resumed") < 20
+    project.must("python", *command, "--out", runs / "resumed")
     log, heads = {}, {}
-    for name in ("one", *others):
+    for name in ("one", "two", "resumed"):
         log[name] = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
         heads[name] = load_file(runs / name / "heads.safetensors")
-    for name in others:
+    for name in ("two", "resumed"):
         assert [row["step"] for row in log[name]] == [row["step"] for row in log["one"]] and log[name]
         if name == "two":  # the other one's line is of the steps since it went on
             np.testing.assert_allclose(log[name][0]["loss"], log["one"][0]["loss"], rtol=1e-3)
