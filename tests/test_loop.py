@@ -208,7 +208,10 @@ def test_every_command_of_the_loop_parses(env, stand_in):
 def test_the_baselines_are_variants_of_the_same_loop(method, stages, flag, stand_in):
     """METHOD= leaves out stage 1 or adds one flag; an unknown one is refused with the names of those that are known."""
     project, fake, heard = stand_in
-    project.must("bash", "loop.sh", "metaworld", "1", PYTHON=str(fake), METHOD=method)
+    out = project.must(
+        "bash", "loop.sh", "metaworld", "1", PYTHON=str(fake), METHOD=method, SFT_ARGS="--episodes 0", RL="--episodes 0"
+    )
+    assert "evaluate.py --checkpoint" in out and heard()[-1][0] != "report.py"  # nothing to report is no error
     said = [words for words in heard() if words[0].startswith("stage")]
     assert [words[0] for words in said] == stages and [flag in words for words in said].count(True) == bool(flag)
     assert all(parses(words) for words in said)
