@@ -1,7 +1,7 @@
 """
 Success rates: the one function that every rate in the project comes from, and its command.
 
-The greedy policy plays fixed episodes (data.EVAL_SEED + 0, 1, ...) that nothing else uses, the same ones at every stage
+The greedy policy plays fixed episodes (data.EVAL_SEED + 0, 1, ...) that no training uses, the same ones at every stage
 and for every method, so that two policies can be compared episode by episode. A rate is k successes of n episodes with
 its 95 % Wilson interval (the paper states neither its episodes, which are 25 a task by its numbers, nor intervals).
 

@@ -78,7 +78,7 @@ for ((i = 1; i <= ROUNDS; i++)); do
   PARENT=$i-sft
 done
 
-if [[ $SFT == *"--episodes 0"* ]] && ! compgen -G "$OUT/*/eval.json" >/dev/null; then
+if [[ "$SFT " =~ --episodes[\ =]0\  ]] && ! compgen -G "$OUT/*/eval.json" >/dev/null; then
   echo "all stages are in $OUT, none evaluated (--episodes 0): python evaluate.py --checkpoint $OUT/$PARENT, then python report.py --run $OUT"
 else
   "$PYTHON" report.py --run "$OUT" --domain "$DOMAIN"

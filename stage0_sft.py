@@ -230,8 +230,9 @@ def parallel(vla):
     takes its share of every batch, and gradients are averaged, so that the numbers are those of one process."""
     if ranks()[1] == 1:
         return vla
-    # not every weight is used, in every step the same ones; static_graph=True says so too, but fails with no_sync
-    return torch.nn.parallel.DistributedDataParallel(vla, find_unused_parameters=True)
+    # of a T5 the decoder's LoRA is not used; static_graph=True would do for that too, but fails with no_sync
+    unused = vla.blip.config.text_config.is_encoder_decoder
+    return torch.nn.parallel.DistributedDataParallel(vla, find_unused_parameters=unused)
 
 
 def train_sft(args, stage, number, domain, data, vla, trained, steps, warmup):

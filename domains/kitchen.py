@@ -1,4 +1,5 @@
-"""Franka Kitchen as a domain: the paper's 5 expert tasks, 2 tasks to learn online and 3 unseen ones (Sec. V, Table I).
+"""Franka Kitchen as a domain: 5 expert tasks, 2 tasks to learn online and 3 unseen ones. Table I (Sec. V) has the
+expert tasks, the red slide door, learned online, and the yellow one, unseen; the other three are of our own.
 
 The paper names the tasks; actions, camera, horizon and how the new ones differ, it does not say beyond "appearance and
 position". Here:

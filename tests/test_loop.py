@@ -209,7 +209,7 @@ def test_the_baselines_are_variants_of_the_same_loop(method, stages, flag, stand
     """METHOD= leaves out stage 1 or adds one flag; an unknown one is refused with the names of those that are known."""
     project, fake, heard = stand_in
     out = project.must(
-        "bash", "loop.sh", "metaworld", "1", PYTHON=str(fake), METHOD=method, SFT_ARGS="--episodes 0", RL="--episodes 0"
+        "bash", "loop.sh", "metaworld", "1", PYTHON=str(fake), METHOD=method, SFT_ARGS="--episodes=0", RL="--episodes 0"
     )
     assert "evaluate.py --checkpoint" in out and heard()[-1][0] != "report.py"  # nothing to report is no error
     said = [words for words in heard() if words[0].startswith("stage")]
