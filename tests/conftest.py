@@ -1,5 +1,7 @@
 """What the tests share: a copy of the project to run things in, a toy domain with known optimum, small checkpoints."""
 
+import atexit
+import functools
 import importlib.util
 import json
 import os
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -80,18 +83,18 @@ class Project:
         shutil.copytree(ROOT / "domains", folder / "domains", ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "domains/toy.py").write_text(TOY)
 
-    def start(self, *command, **env):
+    def start(self, *command, python=sys.executable, **env):
         """A command as a process group of its own, as a terminal starts it; Python commands by this interpreter."""
-        command = [sys.executable if part == "python" else str(part) for part in command]
+        command = [python if part == "python" else str(part) for part in command]
         # PASSIVE: threads that spin while they wait crawl where other work has one of the cores
-        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", **env}
+        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHON": python, "PYTHONWARNINGS": "ignore", **env}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         terminal = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         return subprocess.Popen(command, cwd=self.folder, env=env, **terminal, **pipes)  # xdist's workers ignore SIGINT
 
     def run(self, *command, timeout=900, **env):
-        """Runs a command to its end: (exit code, stdout, stderr)."""
-        process = self.start(*command, **env)
+        """Runs a command to its end: (exit code, stdout, stderr). Python is one that has its imports behind it."""
+        process = self.start(*command, python=warm_python(), **env)
         try:
             out, err = process.communicate(timeout=timeout)
         finally:
@@ -104,6 +107,26 @@ class Project:
         code, out, err = self.run(*command, **env)
         assert code == 0, f"{command} ended with {code}:\n{out[-3000:]}\n{err[-3000:]}"
         return out
+
+
+@functools.cache
+def warm_python():
+    """An executable for warm.py, with a server that ends when this process does."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, folder)
+    script, server, wrapper = ROOT / "tests/warm.py", folder / "server", folder / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{script}" "{server}" "$@"\n')
+    wrapper.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, script, "--serve", server], stdin=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    atexit.register(process.stdin.close)
+    while not server.exists():
+        assert process.poll() is None, "tests/warm.py does not start"
+        time.sleep(0.05)
+    return str(wrapper)
 
 
 def kill(process, number):
