@@ -130,9 +130,14 @@ def open_tokens(path):
         return None
 
 
+def episode_files(folder):
+    """The episodes in `folder`, sorted paths; a file whose name is no number is somebody's own."""
+    return sorted(p for p in Path(folder).glob("[0-9]*.safetensors") if p.stem.isdecimal())
+
+
 def attempts(folder):
     """The attempts whose episodes are in `folder`, as sorted numbers: 000017.safetensors is attempt 17."""
-    return sorted(int(p.stem) for p in Path(folder).glob("[0-9]*.safetensors"))
+    return sorted(int(p.stem) for p in episode_files(folder))
 
 
 class Episodes:
@@ -148,7 +153,7 @@ class Episodes:
         name, protocol = domain.__name__.split(".")[-1], json.dumps(domain.PROTOCOL, sort_keys=True)
         for folder, weight in folders.items():
             begin = len(self.frame)
-            for path in sorted(Path(folder).glob("[0-9]*.safetensors")):
+            for path in episode_files(folder):
                 handle, header = open_episode(path)
                 for key, want in (("domain", name), ("protocol", protocol)):
                     if header[key] not in (want, "null"):  # null: imported, by somebody who knows that it fits

@@ -69,8 +69,8 @@ def check_task(task, domain):
 
 def only_simulated(domain, what):
     """Raises Refusal where the domain's environments are a real robot, of which there is one, with people near it."""
-    if domain.__name__ == "domains.panda" and os.environ.get("ROBOT_URL"):
-        raise Refusal(f"ROBOT_URL is set, and {what} is for simulated robots: unset it, or see real_robot.md")
+    if why := getattr(domain, "real", str)():
+        raise Refusal(f"{why}, and {what} is for simulated robots: unset it, or see real_robot.md")
 
 
 def processes(fns, autoreset):
@@ -263,6 +263,8 @@ def story(args):
     from model import VLA
 
     check_counts(args, (*COUNTS, "episodes"))
+    if args.video and not args.video.endswith(".mp4"):
+        raise Refusal(f"--video {args.video}: give a name that ends in .mp4")
     torch.set_num_threads(args.threads)
     domain = load_domain(checkpoint_config(args.checkpoint)["domain"])
     vla = VLA.load(args.checkpoint, device=pick_device(args.device))

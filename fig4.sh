@@ -20,7 +20,9 @@ DOMAIN=$1 START=$2 SEED=${SEED:-0}
 OUT=runs/fig4-$DOMAIN-seed$SEED
 [ -f "$START/config.json" ] || { echo "error: $START is no checkpoint: give a finished 0-sft" >&2 && exit 2; }
 
-"$PYTHON" stage0_sft.py --domain "$DOMAIN" --out "$OUT/untrained" --seed "$SEED" --steps 0 --episodes 0
+read -r VLM SIZE < <("$PYTHON" -c "import json; c = json.load(open('$START/config.json')); print(c['vlm'], c['image_size'])")
+"$PYTHON" stage0_sft.py --domain "$DOMAIN" --out "$OUT/untrained" --vlm "$VLM" ${SIZE:+--image-size $SIZE} --seed "$SEED" \
+  --steps 0 --episodes 0
 FOLDERS=()
 for TASK in $("$PYTHON" -c "from domains import $DOMAIN as d; print(*d.RL_TASKS)"); do
   for ARM in scratch sft-whole sft-head; do

@@ -419,7 +419,7 @@ def build_tiny(folder, sentences, image_size, width=128, patch=16, layers=(2, 1,
     words = sorted({word for s in sentences for word in s.lower().split()})
     vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "<image>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
     special = dict(unk_token="<unk>", pad_token="<pad>", extra_special_tokens={"image_token": "<image>"})
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 

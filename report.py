@@ -320,7 +320,10 @@ def curves(folders, path):
     plt = pyplot()
     tasks, names = {}, {}
     for folder in map(Path, folders):
-        tasks.setdefault(read_json(folder / "summary.json")["task"], []).append(folder)
+        task = read_json(folder / "summary.json").get("task")
+        if task is None or not (folder / "log.jsonl").exists():
+            raise Refusal(f"{folder} has no curve of RL: give --curves finished folders of stage 1")
+        tasks.setdefault(task, []).append(folder)
         names.setdefault(folder.parent.name, f"C{len(names)}")
     fig, axes = plt.subplots(1, len(tasks), figsize=(2 + 2.6 * len(tasks), 3), sharey=True, squeeze=False,
                              layout="constrained")  # fmt: skip

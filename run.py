@@ -53,7 +53,9 @@ PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy")  # the simula
 FREE = (  # arguments that do not decide a stage's result
     "parent", "data", "out", "device", "threads", "episodes", "accumulate", "checkpointing",
 )  # fmt: skip
-COUNTS = ("accumulate", "batch", "envs", "epochs", "image_size", "minibatch", "rollout", "threads")
+COUNTS = (  # arguments that count from 1
+    "accumulate", "actor_every", "batch", "envs", "epochs", "image_size", "minibatch", "n_step", "rollout", "threads",
+)  # fmt: skip
 PASSING = re.compile(r"(state|priority|replay-\d+)\.safetensors")  # the state, and SACfD's buffer
 STATE_EVERY = float(os.environ.get("STATE_EVERY", 60))  # seconds between two saved states; the tests shorten it
 
@@ -76,6 +78,9 @@ def main(story, args):
             sys.exit(f"error: {error.filename} may not be written or read here ({error.strerror}): allow it, or name "
                      f"another place. {again()}")  # fmt: skip
         raise
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: no memory is left on the GPU ({str(error).split('. ')[0]}): give a stage of SFT --accumulate "
+                 f"or --checkpointing, stage 1 a smaller --envs, --rollout or --minibatch. {again()}")  # fmt: skip
     except KeyboardInterrupt:
         stopped()
     finally:
@@ -196,7 +201,8 @@ def ranks():
         return 0, 1
     if not torch.distributed.is_initialized():
         patience = timedelta(days=1)  # the others wait while the first records D_e
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=patience)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -218,11 +224,14 @@ def mean_over_ranks(x):
 # A stage's folder
 
 
-def check_counts(args, names=COUNTS):
-    """Raises Refusal for a number below 1 among those of a dataclass of arguments that count something."""
-    for name, n in asdict(args).items():
-        if name in names and n < 1:
-            raise Refusal(f"--{name.replace('_', '-')} {n} cannot be: it counts from 1")
+def check_counts(args, names=COUNTS, prefix=""):
+    """Raises Refusal where a whole number of a dataclass of arguments, or of one among them, is below 0, or below 1 and
+    among `names`."""
+    for name, n in (args if isinstance(args, dict) else asdict(args)).items():
+        if isinstance(n, dict):
+            check_counts(n, names, f"{name}.")
+        if isinstance(n, int) and n < (least := int(name in names)) and name != "seed":
+            raise Refusal(f"--{prefix}{name.replace('_', '-')} {n} cannot be: it counts from {least}")
 
 
 class Stage:
@@ -230,8 +239,8 @@ class Stage:
 
     args: the stage's arguments, a dataclass with `out`, the final folder, and perhaps `parent`. `decides` are those
     that decide the result: others, or another parent, are refused for the same folder once it has a state. unused:
-    arguments that this stage does without, such as another algorithm's. Refused too: numbers below 1 of what is counted
-    (COUNTS), and a folder that another process is at work in.
+    arguments that this stage does without, such as another algorithm's. Refused too: numbers below 0, or 1 where
+    that is least (COUNTS), and a folder that another process is at work in.
     `done` is True when the folder exists already: the caller returns at once. Of several processes, rank 0 writes.
     """
 
@@ -297,7 +306,10 @@ class Stage:
         """Save the state to go on from: {name: tensor} and a dict of plain values."""
         log = self.folder / "log.jsonl"
         counters = {**counters, "seconds": self.elapsed(), "peak_gb": self.peak_gb()}
-        counters["log_bytes"] = log.stat().st_size if log.exists() else 0
+        counters["log_bytes"] = 0
+        if log.exists():
+            flush(log)  # or a power cut could leave it shorter than this says
+            counters["log_bytes"] = log.stat().st_size
         with whole(self.folder / "state.safetensors") as tmp:
             save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {"counters": json.dumps(counters)})
         self.saved_at = time.time()
@@ -367,9 +379,9 @@ def load_optimizer(optimizer, tensors):
 def pick_device(name=""):
     """`name`, or the GPU where there is one. Raises Refusal for a device that torch cannot use."""
     try:
-        device = torch.device(
-            name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        )
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device == torch.device("cuda"):  # of several processes each has its own
+            device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise Refusal(f"--device {name} cannot be used here ({error}); leave it out or give cpu") from error

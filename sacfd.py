@@ -110,6 +110,7 @@ class Critics(nn.Module):
         self.slow.requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
 
+    @torch.no_grad()
     def follow(self, tau):
         torch._foreach_lerp_(list(self.slow.parameters()), list(self.q.parameters()), tau)
 
@@ -181,11 +182,12 @@ class Replay:
     def sample(self, k, n_step, gamma, exponent, importance, generator):
         """k decisions by priority (PER 1511.05952): their index, and (h, action, n-step return, discount of what the
         critic says of h_after, h_after, importance weight). A success ends the future, a time-out only the sum."""
-        p = self.priority[: self.t].flatten() ** exponent
+        p = self.priority[: self.t].flatten().double()  # a GPU's sums of float32 do not only rise
+        p = torch.where(p > 0, p**exponent, 0)  # 0 ** 0 is 1
         total = p.cumsum(0)
-        draw = (1 - torch.rand(k, generator=generator)).to(p.device) * total[-1]  # in (0, total]: never what has none
+        draw = (1 - torch.rand(k, generator=generator)).to(p) * total[-1]  # in (0, total]: never what has none
         i = torch.searchsorted(total, draw).clamp(max=len(p) - 1)
-        weight = ((p > 0).sum() * p[i] / total[-1]) ** -importance
+        weight = ((p > 0).sum() * p[i] / total[-1]).float() ** -importance
         t, n = i // self.reward.shape[1], i % self.reward.shape[1]
         ret, discount, going, last = torch.zeros_like(weight), torch.ones_like(weight), torch.ones_like(weight), t
         for step in range(n_step):
@@ -363,7 +365,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
 def update(args, vla, critics, optimizer, actor, mask, demos, replay, moves, generator, stage):
     """One gradient step of the critics and, if the actor `moves`, of actor and temperature. Returns numbers for the
     log."""
-    how, half = args.sacfd, args.sacfd.batch // 2
+    how, half = args.sacfd, -(-args.sacfd.batch // 2)
     sources = (demos or replay, replay)
     drawn = [x.sample(half, how.n_step, args.gamma, how.priority, how.importance, generator) for x in sources]
     batch = [torch.cat(x) for x in zip(*(rows for _, rows in drawn))]

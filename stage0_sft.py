@@ -333,8 +333,9 @@ def story(args):
     sentences = sorted(set(domain.INSTRUCTIONS.values()))
     action_dim = data.actions[0].shape[1]
 
+    words = sorted({*sentences, *data.instructions})  # an imported episode has its own
     vla = VLA.create(
-        args.vlm, sentences, action_dim, args.domain, args.image_size, args.lora_rank, args.lora_targets, args.dtype,
+        args.vlm, words, action_dim, args.domain, args.image_size, args.lora_rank, args.lora_targets, args.dtype,
         stage.folder,
     ).to(device)  # fmt: skip
     actions = torch.from_numpy(np.concatenate(data.actions))

@@ -17,7 +17,8 @@ Where the paper is silent or this differs from it:
    the last 100 episodes has succeeded. Then it borrows: the VLA tries the sentences of the expert tasks, of which some
    often leads where the task's own does not, and phi learns from those successes (`borrow`; not with `--train-vlm`:
    the paper's baselines are plain PPO).
-4) The head kept is the one with the best success over 100 training episodes, not the last one.
+4) The head kept is the one with the best success over 100 training episodes, not the last one (but where there were
+   fewer).
 5) D_rl: 50 successes of that head, after training, from initial states of their own. They are made as D_e is: executed
    with noise, labelled with the head's mean (results/experiments.md has the comparison with the executed action).
    SACfD's demonstrations lie there too, labelled with what was executed.
@@ -76,7 +77,7 @@ class Args:
     episodes: int = 25  # evaluation episodes of each task after the stage; 0: do not evaluate
     seed: int = 0  # of the critic, exploration and minibatches
     device: str = ""  # cpu, cuda, ...; empty: the GPU where there is one
-    threads: int = os.cpu_count()  # CPU threads of torch in updates; in rollouts too if the VLM is large, else one
+    threads: int = os.cpu_count()  # torch's CPU threads in PPO's updates, and rollouts if the VLM is large; else one
     sacfd: SACfD = field(default_factory=SACfD)  # of --algo sacfd; of PPO's above it takes gamma and std
 
 
@@ -197,6 +198,10 @@ def story(args):
     domain, out = load_domain(args.domain), Path(args.out)
     check_task(args.task, domain)
     algo, budget = algo_and_budget(args, domain)
+    if args.std <= 0:
+        raise Refusal(f"--std {args.std} cannot be: RL explores, so it is above 0")
+    if algo == "ppo" and args.rollout < 4:
+        raise Refusal(f"--rollout {args.rollout} cannot be: PPO compares the decisions of a rollout, give 4 or more")
     stage = Stage(args, ["sacfd"] if algo == "ppo" else [])
     device = pick_device(args.device)
     torch.set_num_threads(1)  # while 16 simulators share the cores; updates use args.threads
@@ -272,8 +277,9 @@ def story(args):
                 save()
         counters["finished"] = True
         save()
-    for name, p in learned.items():
-        p.data.copy_(best[name])
+    if counters["best"] >= 0:
+        for name, p in learned.items():
+            p.data.copy_(best[name])
 
     # ------------------------------------------------------------------------------------------------------------------
     # the task's successes: D_rl

@@ -17,6 +17,8 @@ A domain module offers
     expert(env)                            -> (A,) float32, the demonstrator's action in the environment's present state
 
     PRELOAD                                optional: modules that its environments import when they are made
+    real()                                 optional -> str: what says that its environments are a real robot's, "" where
+                                           they are simulated
 
 Nothing outside this folder asks which domain it is. Simulators have processes of their own, which import this folder
 alone, and so neither torch nor transformers (but for PRELOAD): a stage begins several seconds earlier.

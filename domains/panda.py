@@ -696,6 +696,11 @@ class Child:
             raise Refusal("the simulated robot server did not start: `python -m domains.panda serve` says why")
 
 
+def real():
+    """What says that the environments may be a real robot's."""
+    return "ROBOT_URL is set" if os.environ.get("ROBOT_URL") else ""
+
+
 def make(task, image_size=64):
     """A gymnasium.Env of the task: reward 1.0 and terminated on success, truncated after HORIZON decisions.
 

@@ -43,6 +43,7 @@ def test_episode_round_trip(write, toy, tmp_path):
     assert np.array_equal(handle.get_tensor("image"), image) and np.array_equal(handle.get_tensor("action"), action)
     assert handle.get_tensor("reward").tolist() == [0, 0, 0, 0, 1]
     assert (header["task"], header["source"], header["success"], header["seed"]) == ("red", "expert", "1", "7")
+    shutil.copy(tmp_path / "000003.safetensors", tmp_path / "000003 copy.safetensors")
     assert attempts(tmp_path) == [3]
     frames, sentences, labels = read(path, toy).batch(np.random.default_rng(0), 64)
     which = [np.flatnonzero((image == frame).all((1, 2, 3)))[0] for frame in frames]

@@ -14,6 +14,7 @@ from conftest import files, make_vla, refused
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import report
 import stage_rl
 import stage_sft
 from domains import load_domain
@@ -190,6 +191,15 @@ def test_unknown_names_on_the_command_line(project, checkpoint, tmp_path):
     for more in ({"envs": 0}, {"episodes": 0}):
         assert "from 1" in refused(evaluate.story, evaluate.Args(checkpoint, **more))
     assert "--seed 600" in refused(Stage, stage_sft.Args(checkpoint, "runs/unknown", seed=600))
+    assert "--episodes -1 " in refused(Stage, stage_sft.Args(checkpoint, "runs/unknown", episodes=-1))
+    for flag, more in (
+        ("--std 0", {"std": 0}), ("--rollout 3", {"rollout": 3}),
+        ("--sacfd.actor-every 0", {"sacfd": stage_rl.SACfD(actor_every=0)}),
+    ):  # fmt: skip
+        args = stage_rl.Args("drawer-open", str(tmp_path), "runs/unknown", domain="metaworld", **more)
+        assert flag in refused(stage_rl.story, args)
+    assert "film.avi" in refused(evaluate.story, evaluate.Args(checkpoint, video="film.avi"))
+    assert str(tmp_path) in refused(report.story, report.Args(curves=(str(tmp_path),)))
     assert not list((project.folder / "runs").glob("*unknown*"))
 
 

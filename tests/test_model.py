@@ -188,3 +188,11 @@ def test_peft_reads_the_adapter(backbone, tmp_path):
         h, mask = vla.encode(pictures(32), SENTENCES)
     torch.testing.assert_close(h[mask], want[mask], atol=1e-4, rtol=1e-4)
     assert (h - bare)[mask].abs().max() > 0.01  # the adapter did something
+
+
+def test_tiny_knows_every_word(tmp_path):
+    """Words with hyphens, apostrophes and full stops too: two sentences that differ in one have different tokens."""
+    left, right = "the left-most robot's cube.", "the right-most robot's cube."
+    vla = make_vla(tmp_path, instructions=[left, right])
+    (a, b), mask = vla.tokenize([left, right])
+    assert mask.all() and vla.tokenizer.unk_token_id not in [*a.tolist(), *b.tolist()] and a.tolist() != b.tolist()

@@ -65,3 +65,10 @@ def test_what_does_not_fit_is_refused(project, tmp_path, monkeypatch):
     assert "--rollout" in refused(plan.story, plan.Args("metaworld", rl="--rollout 50000000"))
     assert "--demos" in refused(plan.story, plan.Args("metaworld", stage0="--demos 500000000"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_would_miss_its_demonstrations_is_refused(tmp_path):
+    """With stage 0 done nothing records D_e any more: that is said before RL, with the command that does."""
+    make_vla(tmp_path, domain="kitchen").save(tmp_path / "run/0-sft")
+    said = refused(plan.story, plan.Args("kitchen", run=str(tmp_path / "run"), data=str(tmp_path / "D_e")))
+    assert str(tmp_path / "D_e/kitchen/knob-on") in said and "stage0_sft.py" in said and "--steps 0" in said

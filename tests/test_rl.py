@@ -122,6 +122,8 @@ def test_rl_leaves_lora_bit_identical(project, backbone, tmp_path):
     old, new = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("parent", "1-rl-blue"))
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
     assert all(torch.equal(a, b) for a, b in zip(vla.theta(), VLA.load(tmp_path / "1-rl-blue").theta(), strict=True))
+    old, new = (load_file(tmp_path / f / "heads.safetensors") for f in ("parent", "1-rl-blue"))
+    assert not torch.equal(old["head.mlp.4.weight"], new["head.mlp.4.weight"])  # kept, though 100 episodes are not over
 
 
 def test_without_a_success_the_head_rests(project, tmp_path):

@@ -73,17 +73,18 @@ def test_n_step_returns_equal_their_definition():
                 assert torch.equal(after[k], replay.h[t + step + 1, n].float())
 
 
-def test_priorities_decide_what_is_drawn_and_weights_undo_it():
+@pytest.mark.parametrize("exponent", [0.6, 0.0])
+def test_priorities_decide_what_is_drawn_and_weights_undo_it(exponent):
     """Rows are drawn as often as priority^exponent says, resets never, and weight x frequency is the same for all."""
     replay = filled(np.random.default_rng(1))
     drawable = replay.priority > 0
     assert 0 < (~drawable).sum() < drawable.sum()
     replay.priority[drawable] = torch.rand(int(drawable.sum())) + 0.1
     generator = torch.Generator().manual_seed(0)
-    i, rows = replay.sample(400_000, 1, 0.9, 0.6, 1.0, generator)
+    i, rows = replay.sample(400_000, 1, 0.9, exponent, 1.0, generator)
     counts = torch.bincount(i, minlength=drawable.numel()).view_as(replay.priority)
     assert not counts[~drawable].any()
-    share = replay.priority**0.6
+    share = replay.priority**exponent * drawable
     torch.testing.assert_close(counts / counts.sum(), share / share.sum(), atol=5e-4, rtol=0.1)
     unbiased = torch.zeros(drawable.numel()).index_add_(0, i, rows[5]).view_as(share)[drawable]
     assert (unbiased / unbiased.mean() - 1).abs().max() < 0.1
@@ -104,7 +105,8 @@ def test_a_mean_beyond_the_range_is_pulled_back(tmp_path):
 
 
 def test_losses_move_what_they_should(tmp_path):
-    """The critics' loss leaves the head alone, the actor's leaves the critics alone and clones demonstrations only."""
+    """The critics' loss leaves the head alone, the actor's leaves the critics alone and clones demonstrations only; the
+    slow critics follow, and remember no gradient's way."""
     vla, critics = make_vla(tmp_path), Critics(128, 2, 0.01)
     mask, noise = torch.ones(8, 2, dtype=torch.bool), torch.randn(8, 2)
     h, action, one, h_after = torch.randn(8, 2, 128), torch.rand(8, 2), torch.ones(8), torch.randn(8, 2, 128)
@@ -120,6 +122,11 @@ def test_losses_move_what_they_should(tmp_path):
     batch[1] = torch.cat([batch[1][:4], torch.rand(4, 2)])  # other actions, but not in demonstrations
     second, _, _ = actor_loss(vla, critics, mask, batch, noise, 4, 1.0, -1.0)
     assert second.item() == pytest.approx(first.item(), abs=1e-6)
+    old, new = (next(c.parameters()).detach().clone() for c in (critics.slow, critics.q))
+    critics.q.token_learner.load_state_dict({k: v + 1 for k, v in critics.q.token_learner.state_dict().items()})
+    critics.follow(0.25)
+    torch.testing.assert_close(next(critics.slow.parameters()), old + 0.25 * (new + 1 - old))
+    assert all(p.grad_fn is None for p in critics.slow.parameters())
 
 
 @pytest.fixture(scope="module")
