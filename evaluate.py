@@ -269,10 +269,10 @@ def story(args):
     domain = load_domain(checkpoint_config(args.checkpoint)["domain"])
     vla = VLA.load(args.checkpoint, device=pick_device(args.device))
     tasks = list(args.tasks) or all_tasks(domain)
+    only_simulated(domain, "evaluate.py")
     if args.video:
         film(vla, domain, tasks, args.episodes, args.video)
         return print(f"wrote {args.video}")
-    only_simulated(domain, "an evaluation of many episodes at once")
     result = evaluate(vla, domain, tasks, args.episodes, args.envs)
     for task, row in result.items():
         k, n = sum(row["success"]), len(row["success"])

@@ -21,7 +21,7 @@ alike. If this process is killed (kill -9, a power cut), the arm keeps to its la
 pushed to with at most 20 N along each axis.
 """
 
-from run import Refusal, main, read_tensors, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
+from run import Refusal, main, pick_device, read_json, read_tensors, whole, write_json  # isort: skip  first, for Ctrl-C while torch is imported
 
 import contextlib
 import fcntl
@@ -31,6 +31,7 @@ import math
 import os
 import select
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -49,11 +50,12 @@ from scipy.spatial.transform import Rotation
 
 from data import EVAL_SEED, ONLINE_SEED, attempts, write_episode
 from domains import load_domain
-from evaluate import wilson
+from evaluate import NO_POLICY, wilson
 from model import VLA
-from sacfd import squashed
+from sacfd import SACfD, executed, squashed
 
 PERIOD = 0.1  # s
+HELD = "the arm was told to hold"
 DOWN = Rotation.from_quat([1, 0, 0, 0])  # x y z w: the hand pointing down, its x axis along the base's
 
 
@@ -131,6 +133,13 @@ class Setup:
         setup = cls(**given)
         if given and not setup.url:
             raise Refusal(f"ROBOT_{next(iter(given)).upper()} is set and ROBOT_URL is not: set it, or unset the other")
+        try:
+            address = urllib.parse.urlsplit(setup.url)
+            good = address.scheme == "http" and address.hostname and (address.port or True)
+        except ValueError:  # the port
+            good = False
+        if setup.url and not good:
+            raise Refusal(f"ROBOT_URL={setup.url} is no address: give one such as http://127.0.0.1:5000/")
         for name, known in (("gripper", [*OPENING]), ("takeover", ["", "keys", "spacemouse"])):
             if (value := getattr(setup, name)) not in known:
                 raise Refusal(f"unknown ROBOT_{name.upper()} {value!r}: known are {', '.join(filter(None, known))}")
@@ -410,10 +419,30 @@ class SpaceMouse:
             import pyspacemouse
         except ImportError as error:
             raise Refusal(f"ROBOT_TAKEOVER=spacemouse needs {error.name}: pip install it") from error
-        self.mouse, self.gripper, self.driving = pyspacemouse.open(), 1.0, False
+        try:
+            self.mouse = pyspacemouse.open()
+        except Exception as error:  # noqa: BLE001  whatever the driver raises
+            raise Refusal(f"no SpaceMouse ({error}): plug it in, or unset ROBOT_TAKEOVER") from error
+        if self.mouse is None:
+            raise Refusal("no SpaceMouse: plug it in, or unset ROBOT_TAKEOVER")
+        self.gripper, self.driving, self.newest, self.open = 1.0, False, self.mouse.read(), True
+        threading.Thread(target=self.follow, daemon=True).start()
+
+    def follow(self):
+        """Read every report as it comes. They queue up: read once a decision, they would move the arm for seconds after
+        the hand has let go."""
+        while self.open:
+            try:
+                self.newest = self.mouse.read()
+            except Exception:  # noqa: BLE001  unplugged
+                self.newest = None
+                return
+            time.sleep(0.001)
 
     def action(self, typed, gripper):
-        s = self.mouse.read()
+        """As Keyboard's. Raises Fault when the SpaceMouse is gone."""
+        if (s := self.newest) is None:
+            raise Fault("the SpaceMouse does not answer", person=True)
         move = np.array([-s.y, s.x, s.z, -s.roll, -s.pitch, -s.yaw], np.float32)  # to the base's axes, as in SERL
         before, self.driving = self.driving, np.linalg.norm(move) >= 0.05 or any(s.buttons)
         if not self.driving:
@@ -439,7 +468,10 @@ class Classifier:
     def __init__(self, path):
         tensors, _ = read_tensors(path)
         self.net, self.before = judge_net().eval(), False
-        self.net.load_state_dict(tensors)
+        try:
+            self.net.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise Refusal(f"{path} is no classifier of real_robot.py: give one, or ROBOT_REWARD=keys") from error
 
     @torch.no_grad()
     def success(self, robot, picture):
@@ -453,14 +485,16 @@ class Person:
     """A real robot's operator: puts the object down, and says by key whether it was grasped, if no classifier does."""
 
     def __init__(self, setup):
-        self.keyboard = Keyboard()
         self.judge = None if setup.reward == "keys" else Classifier(setup.reward)
-        self.driver = {"": None, "keys": self.keyboard, "spacemouse": None}[setup.takeover]
-        if setup.takeover == "spacemouse":
-            self.driver = SpaceMouse()
-        self.typed = ""
+        mouse = SpaceMouse() if setup.takeover == "spacemouse" else None
+        self.keyboard = Keyboard()  # last: what fails before leaves the terminal as it is
+        self.driver = self.keyboard if setup.takeover == "keys" else mouse
+
+    judge, typed, late = None, "", ""  # typed before a decision was sent, and since
 
     def prepare(self, robot, seed):
+        if self.judge:
+            self.judge.before = False
         if self.driver:
             self.driver.driving = False
         coming = "Hands clear: the gripper opens, and the arm goes home."
@@ -473,11 +507,16 @@ class Person:
                 time.sleep(0.1)
         robot.go_home()
         self.keyboard.ask(f"Place the object for {robot.task!r} and step back.")
+        self.typed = self.late = ""
 
     def watch(self):
         """Read what was typed. Raises Fault when told to stop."""
-        self.typed = self.keyboard.keys()
-        if " " in self.typed:
+        self.typed, self.late = self.late + self.keyboard.keys(), ""
+        self.mind(self.typed)
+
+    def mind(self, typed):
+        if " " in typed:
+            self.late = ""
             raise Fault("the operator stopped the arm", person=True)
 
     def action(self, robot):
@@ -485,9 +524,14 @@ class Person:
         self.watch()
         return self.driver.action(self.typed, 1.0 if robot.gripper == "open" else -1.0) if self.driver else None
 
+    def told(self, key):
+        return key in self.typed + self.late
+
     def success(self, robot, picture):
-        self.typed += self.keyboard.keys()
-        return "y" in self.typed or bool(self.judge and self.judge.success(robot, picture))
+        """Did the person say so, or the judge? Raises Fault when told to stop."""
+        self.late += self.keyboard.keys()  # another key than y and n is the next decision's
+        self.mind(self.late)
+        return self.told("y") or bool(self.judge and self.judge.success(robot, picture))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -514,7 +558,11 @@ class Panda(gym.Env):
         self.begin()
         self.observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
-        path = Path(tempfile.gettempdir(), f"robot-{urllib.parse.quote(setup.url, '')}.lock")
+        address = urllib.parse.urlsplit(setup.url)
+        host = address.hostname
+        with contextlib.suppress(OSError):
+            host = socket.gethostbyname(host)  # a robot is one by whatever name
+        path = Path(tempfile.gettempdir(), f"robot-{urllib.parse.quote(f'{host}:{address.port or 80}', '')}.lock")
         with contextlib.ExitStack() as undo:
             self.lock = undo.enter_context(open(path, "w"))
             try:
@@ -565,10 +613,10 @@ class Panda(gym.Env):
             with contextlib.suppress(Fault):  # then where it was last seen, a decision ago
                 self.state = parse(self.link.json("getstate", timeout=self.limits.read))
             if self.state is None:
-                return "nothing was sent to the arm, for it was never seen"
+                return "nothing was sent to the arm, for where it is could not be read"
             try:
                 self.command(self.place, self.turn)
-                return "the arm was told to hold"
+                return HELD
             except Fault:
                 continue
         return "the arm could not be told to hold: it keeps to its last target, at most a step away"
@@ -691,7 +739,9 @@ class Panda(gym.Env):
         if not isinstance(self.scene, Person):
             raise Refusal(f"{self.fault}: see to the robot, then give the same command again")
         self.scene.keyboard.ask(f"{self.fault}. Make the robot safe and ready; what it holds will fall.")
-        self.hold()
+        self.state = None  # the arm may have been moved meanwhile: only a pose that is measured now is held
+        if (held := self.hold()) != HELD:
+            raise Fault(f"{held}; so its errors were not cleared", person=True)
         self.link.post("clearerr", timeout=self.limits.read)
         self.hold()
 
@@ -703,6 +753,8 @@ class Panda(gym.Env):
             raise ValueError(f"an action is 7 finite numbers, not {action}")
         executed, success, info = action.clip(-1, 1), False, {}
         try:
+            if not self.lockstep and time.monotonic() - self.woke > 2 * PERIOD:
+                self.measure()  # the policy, or training, took its time: the pose is an old one
             if isinstance(self.scene, Person) and (driven := self.scene.action(self)) is not None:
                 executed = driven
             self.grip(executed[6])
@@ -716,7 +768,7 @@ class Panda(gym.Env):
             self.fault, picture, held = fault, self.picture, self.hold()
             info["fault"] = f"{fault}; {held}"
         over = self.decisions >= self.horizon or self.fault is not None
-        if isinstance(self.scene, Person) and (success or over or "n" in self.scene.typed):
+        if isinstance(self.scene, Person) and (success or over or self.scene.told("n")):
             self.hold()
             over = True
         info |= {"success": success, "executed": executed}
@@ -761,7 +813,7 @@ class Panda(gym.Env):
             self.reset_joints()  # another elbow
             if not self.travel(np.array(limits.home), DOWN):
                 raise Fault(f"the hand does not come to its start: it is at {self.place.round(3)}", person=True)
-        if self.opening < 0.25:  # a Robotiq opens only so far that 0.3 is said
+        if self.opening < 0.25 and not self.link.dry:  # a Robotiq opens only so far that 0.3 is said
             raise Fault("the gripper was told to open and is shut", person=True)
 
     def travel(self, place, turn):
@@ -789,8 +841,11 @@ class Panda(gym.Env):
     def reset_joints(self):
         """/jointreset takes about 20 s, sets the compliance back, and says the same whether it worked or not."""
         if isinstance(self.scene, Person):
-            self.scene.keyboard.ask("Clear the arm's way: all joints move, for 20 s, and no limit is watched.")
-        self.link.post("jointreset", timeout=self.limits.slow)
+            self.scene.keyboard.ask(
+                "Clear the arm's way: all joints move, for 20 s, no limit is watched, and only the user stop ends it."
+            )
+        with undisturbed():  # a hold in the middle would do nothing, and nobody would be there at the end
+            self.link.post("jointreset", timeout=self.limits.slow)
         self.link.post("update_param", self.limits.compliance, self.limits.read, tries=2)
         self.tick, self.target = time.monotonic(), None
         self.measure()
@@ -822,6 +877,10 @@ def open_camera(spec, link, limits):
         return Camera(kind, name)
     except ImportError as error:
         raise Refusal(f"the camera {spec!r} needs {error.name}: pip install it on the robot's computer") from error
+    except RuntimeError as error:  # librealsense's
+        raise Refusal(
+            f"the camera {spec!r} does not open ({error}): is it plugged in, and the number right?"
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -886,6 +945,8 @@ def play(env, vla, instruction, seed, std=0.0):
         with torch.no_grad():
             h, mask = vla.encode(obs[None], [instruction])
             action = vla.act(h.float(), mask).cpu()  # (1, A)
+            if not torch.isfinite(action).all():
+                raise Refusal(NO_POLICY)
             if std:
                 noise = torch.from_numpy(rng.normal(size=action.shape)).float()
                 action = squashed(action, torch.tensor(std).log(), noise)[0]
@@ -904,7 +965,7 @@ def rollouts(checkpoint, task, frames, seeds, std=0.0):
     frames: a folder to sort the episodes' last pictures into, for training a classifier; or nothing.
     """
     domain = load_domain("panda")
-    vla = VLA.load(checkpoint, "panda")
+    vla = VLA.load(checkpoint, "panda", pick_device())
     torch.set_num_threads(1)
     print(Setup.from_environment())
     env = domain.make(task, vla.config["image_size"])
@@ -968,31 +1029,41 @@ def train(checkpoint: str, task: str, out: str):
     import stage_rl
 
     print(Setup.from_environment())
+    folder = Path(out).parent / "D_rl" / task
+    if (have := len(executed(folder))) < SACfD.demos:
+        raise Refusal(f"{folder} holds {have} of the {SACfD.demos} successes that RL starts from: collect them first")
     stage_rl.story(stage_rl.Args(
         task=task, parent=checkpoint, out=out, domain="panda", algo="sacfd", envs=1, successes=0, episodes=0,
     ))  # fmt: skip
 
 
 def evaluate(checkpoint: str, task: str, episodes: int = 25, out: str = ""):
-    """Success of the greedy policy. Episodes that a Fault ended are played again, not counted.
+    """Success of the greedy policy. Episodes that a Fault ended are not counted; others are played in their place.
 
     Args:
         checkpoint: the policy's folder.
         task: a task of domains/panda.py.
         episodes: how many to count.
-        out: a JSON file for the outcomes.
+        out: a JSON file for the outcomes, written after each; given again, the same command goes on from there.
     """
-    outcomes = []
-    for seed, episode, success in rollouts(checkpoint, task, "", range(EVAL_SEED, EVAL_SEED + 3 * episodes)):
+    outcomes, about = [], {"checkpoint": checkpoint, "task": task}
+    if out and Path(out).exists():
+        old = read_json(out)
+        outcomes = old.pop("outcomes", None)
+        if old != about:
+            raise Refusal(f"{out} is of another evaluation ({old}): name another file, or remove it")
+    first = max((row["seed"] + 1 for row in outcomes), default=EVAL_SEED)
+    left = range(first, first + 3 * (episodes - len(outcomes)))
+    for seed, episode, success in rollouts(checkpoint, task, "", left) if left else []:
         if episode is not None:
             outcomes.append({"seed": seed, "success": int(success), "decisions": len(episode["reward"])})
-        if len(outcomes) == episodes:
+            if out:
+                write_json(out, about | {"outcomes": outcomes})
+        if len(outcomes) >= episodes:
             break
     k, n = sum(row["success"] for row in outcomes), len(outcomes)
     low, high = wilson(k, n)
     print(f"{task}: {k / max(n, 1):.2f} [{low:.2f}, {high:.2f}] ({k}/{n})")
-    if out:
-        write_json(out, {"checkpoint": checkpoint, "task": task, "outcomes": outcomes})
 
 
 def classifier(frames: str, out: str, steps: int = 500):
@@ -1008,7 +1079,12 @@ def classifier(frames: str, out: str, steps: int = 500):
         paths = sorted(Path(frames, name).glob("*.png"))
         if len(paths) < 5:
             raise Refusal(f"{Path(frames, name)} holds {len(paths)} pictures: it needs a few hundred")
-        images += [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+        for path in paths:
+            images.append(np.asarray(Image.open(path).convert("RGB")))
+            if images[-1].shape != images[0].shape:
+                raise Refusal(
+                    f"{path} is of another size than the others: give pictures as collect --frames makes them"
+                )
         labels += [label] * len(paths)
     torch.manual_seed(0)
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255.0  # (N, 3, H, W)

@@ -335,7 +335,7 @@ def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, 
                         recent.append(int(end[i]))
                     began_at[i] = replay.t + 1
                 counters["env_steps"] += int(valid.sum())
-                owed += how.utd * int(valid.sum())
+                owed = min(owed + how.utd * int(valid.sum()), how.utd * N + 1)  # after a fault no robot waits for more
                 success = keep_best()
                 if counters["env_steps"] >= budget:
                     break

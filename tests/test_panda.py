@@ -11,6 +11,7 @@ import sys
 import termios
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import gymnasium as gym
@@ -19,10 +20,11 @@ import pytest
 import torch
 from conftest import refused
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
 import real_robot
-from data import attempts, open_episode
+from data import EVAL_SEED, attempts, open_episode
 from domains import panda
 from evaluate import all_tasks
 from real_robot import DOWN, Fault, Limits, Link, Panda, Setup
@@ -328,6 +330,12 @@ def test_errors_are_not_cleared_after_a_user_stop(robot):
     env.scene.keyboard = type("Keys", (), {"ask": lambda self, sentence: asked.append(sentence)})()
     robot.order("user_stop", 0)
     sent.clear()
+    robot.order("nan")  # the pose cannot be measured: the last one may be far from where the arm is by now
+    with pytest.raises(Fault, match="errors were not cleared") as fault:
+        env.release()
+    assert fault.value.person and set(sent) == {"getstate"}
+    robot.order("nan", 0)
+    sent.clear()
     env.release()
     assert asked and "does not follow" in asked[0]
     assert [route for route in sent if route != "getstate"] == ["pose", "clearerr", "pose"]
@@ -443,6 +451,14 @@ def test_collecting_survives_faults_and_restarts(robot, tmp_path, monkeypatch):
     before = sorted(p.stat().st_mtime_ns for p in tmp_path.iterdir())
     collect()
     assert sorted(p.stat().st_mtime_ns for p in tmp_path.iterdir()) == before
+
+    out, rows = tmp_path / "outcomes.json", lambda: json.loads(out.read_text())["outcomes"]
+    real_robot.evaluate("none", "pick-carrot", 1, str(out))
+    (first,) = rows()
+    real_robot.evaluate("none", "pick-carrot", 2, str(out))  # goes on
+    assert rows()[0] == first and [row["seed"] for row in rows()] == [EVAL_SEED, EVAL_SEED + 1]
+    assert "outcomes.json" in refused(real_robot.evaluate, "none", "pick-can", 1, str(out))
+    assert "0 of the 20" in refused(real_robot.train, "none", "pick-can", str(tmp_path / "1-rl"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -576,9 +592,11 @@ def test_what_only_a_real_server_says():
     assert url in (said := refused(Panda, Setup(url=url), "t")) and "ROBOT_URL" in said
 
 
-def test_one_robot_has_one_driver(robot):
-    """A second environment on the same robot is refused, until the first is closed."""
+def test_one_robot_has_one_driver(robot, monkeypatch):
+    """A second environment on the same robot is refused, by whatever name, until the first is closed."""
     env = panda.make("pick-can")
+    assert "another process drives" in refused(panda.make, "pick-can")
+    monkeypatch.setenv("ROBOT_URL", env.setup.url.replace("127.0.0.1", "localhost").rstrip("/"))
     assert "another process drives" in refused(panda.make, "pick-can")
     env.close()
     panda.make("pick-can").close()
@@ -632,7 +650,8 @@ def test_a_person_takes_over_and_that_is_stored(robot):
     keys.driving, keys.gripper, keys.close = False, 1.0, lambda: None
     person = real_robot.Person.__new__(real_robot.Person)
     person.keyboard = person.driver = keys
-    person.judge, person.typed, env.scene = None, "", person
+    env.scene, pressed = person, []
+    keys.keys = lambda: pressed.pop() if pressed else ""  # what is read is read once
     close, held = np.array([0, 0, 0, 0, 0, 0, -1], np.float32), [0, 0, 0, 0, 0, 0, -1]
     for typed, asked, executed in (
         ("", FORWARD, FORWARD),
@@ -645,16 +664,42 @@ def test_a_person_takes_over_and_that_is_stored(robot):
         ("r", FORWARD, [0, 0, 0.5, 0, 0, 0, -1]),
         ("o", FORWARD, [0, 0, 0, 0, 0, 0, 1]),
     ):  # fmt: skip  taking over opens nothing that is closed
-        keys.keys = lambda typed=typed: typed
+        pressed.append(typed)
         assert np.allclose(env.step(asked)[4]["executed"], executed), typed
-    keys.keys = lambda: "y"
+    pressed += ["c", ""]  # while a decision goes on: for the next one
+    assert np.allclose(env.step(FORWARD)[4]["executed"], [0, 0, 0, 0, 0, 0, 1])
+    assert np.allclose(env.step(FORWARD)[4]["executed"], FORWARD)
+    pressed.append("y")
     _, reward, success, truncated, _ = env.step(FORWARD)
     assert (reward, success, truncated) == (1.0, True, False)
-    env.begin()
-    keys.keys = lambda: " "
-    *_, truncated, info = env.step(FORWARD)
-    assert truncated and "operator stopped" in info["fault"] and env.fault.person
+    for typed in ([" "], [" ", ""]):  # before the decision is sent, and while it goes on
+        env.begin()
+        person.typed = person.late = ""
+        pressed += typed
+        *_, truncated, info = env.step(FORWARD)
+        assert truncated and "operator stopped" in info["fault"] and env.fault.person and not pressed
     env.close()
+
+
+def test_a_spacemouse_that_is_let_go_of(monkeypatch):
+    """It reports faster than decisions are made: what it said while it was pushed does not move the arm afterwards."""
+    state = lambda y: types.SimpleNamespace(x=0, y=y, z=0, roll=0, pitch=0, yaw=0, buttons=[0, 0])  # noqa: E731
+    reports = []
+    device = types.SimpleNamespace(read=lambda: reports.pop(0) if reports else state(0.0))
+    monkeypatch.setitem(sys.modules, "pyspacemouse", types.SimpleNamespace(open=lambda: device))
+    mouse = real_robot.SpaceMouse()
+    reports += [state(1.0)] * 10_000
+    time.sleep(0.2)
+    assert np.allclose(mouse.action("", -1.0), [-1, 0, 0, 0, 0, 0, -1])
+    reports[:] = [state(1.0)] * 30  # and then zeros
+    time.sleep(0.4)
+    assert mouse.action("", -1.0) is None
+    device.read = lambda: 1 / 0
+    time.sleep(0.2)
+    with pytest.raises(Fault, match="SpaceMouse"):
+        mouse.action("", -1.0)
+    monkeypatch.setitem(sys.modules, "pyspacemouse", types.SimpleNamespace(open=lambda: None))
+    assert "SpaceMouse" in refused(real_robot.SpaceMouse)
 
 
 def test_space_stops_the_way_home_too(robot):
@@ -706,6 +751,9 @@ def test_sigterm_holds_the_arm():
 def test_a_robot_that_is_described_is_named(monkeypatch):
     """Without ROBOT_URL nothing else about a robot may be set, for it would be simulated; values are checked."""
     some = "http://127.0.0.1:1/"
+    for url in ("127.0.0.1:5000", "localhost:5000", "http://127.0.0.1:5000x", "http://"):
+        monkeypatch.setenv("ROBOT_URL", url)
+        assert "no address" in refused(panda.make, "pick-can")
     for url, name, value, says in (
         ("", "FRONT", "opencv:0", "ROBOT_URL is not"), (some, "GRIPPER", "sreal", "hil-serl"),
         (some, "TAKEOVER", "key", "spacemouse"), (some, "TAKEOVER", "keys", "ROBOT_REWARD"),
@@ -750,6 +798,10 @@ def test_reward_classifier(tmp_path):
     verdicts = [judge.success(at(z), x) for z, x in ((0.2, bad), (0.2, good), (0.2, good), (0.02, good), (0.2, good))]
     assert verdicts == [False, False, True, False, False]
     assert "pictures" in refused(real_robot.classifier, str(tmp_path / "none"), "x")
+    Image.new("RGB", (48, 32)).save(tmp_path / "success/odd.png")
+    assert "odd.png" in refused(real_robot.classifier, str(tmp_path), "x")
+    save_file({"0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert "other.safetensors" in refused(real_robot.Classifier, tmp_path / "other.safetensors")
 
 
 def test_a_usb_camera_that_freezes(monkeypatch):
