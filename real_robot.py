@@ -691,7 +691,8 @@ class Panda(gym.Env):
     # --- time
 
     def wait(self):
-        """Until the next tick of an absolute 10 Hz schedule, so that one late decision does not delay the others."""
+        """Until the next tick of a 10 Hz schedule, so that small delays do not add up. A decision that comes after its
+        tick begins the schedule anew: a shorter period after it would leave the arm less time."""
         if self.lockstep:
             return
         now = time.monotonic()

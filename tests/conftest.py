@@ -37,7 +37,7 @@ EXPERT_TASKS, RL_TASKS, UNSEEN_TASKS = ["red", "green"], ["blue"], ["grey"]
 CHANNELS = {"red": [0], "green": [1], "blue": [2], "grey": [0, 1, 2]}
 PROTOCOL = {"horizon": 8}
 ALGO, VIEWS = "ppo", 1
-NOISE, KICKS, STEPS, DEMOS = 0.2, 0.05, 100, 50
+NOISE, KICKS, STEPS, DEMOS = 0.2, 0.05, 100, 2
 
 
 class Toy(gym.Env):
@@ -190,11 +190,16 @@ def check_run(folder, domain, stages, demos, data):
     assert not leftovers(folder / "runs")
     for task in domain.EXPERT_TASKS:
         assert len(attempts(data / task)) >= demos, task
-    for path in [*data.rglob("*"), *(run / "D_rl").rglob("*")]:
-        if path.is_file():
+    frames = {data: 0, run / "D_rl": 0}
+    for folder in frames:
+        for path in [p for p in folder.rglob("*") if p.is_file()]:
             handle, header = open_episode(path)
             assert header["success"] == "1" and handle.get_tensor("reward")[-1] == 1
             assert int(header["seed"]) % ONLINE_SEED == int(path.stem)
+            frames[folder] += len(handle.get_tensor("reward"))
+    trained_on = {s: json.loads((run / s / "summary.json").read_text()).get("frames") for s in stages}
+    assert trained_on["0-sft"] == frames[data]  # Eq. 2
+    assert trained_on["1-sft"] == sum(frames.values()) > frames[data]  # Eq. 4
     return run
 
 

@@ -13,7 +13,8 @@ from conftest import files, refused
 from safetensors.numpy import save_file
 
 import data
-from data import Episodes, attempts, open_episode, write_episode
+import stage0_sft
+from data import EXPERT_SEED, Episodes, attempts, open_episode, write_episode
 
 
 @pytest.fixture
@@ -137,6 +138,24 @@ def test_really_full_disk(write, tmp_path):
         assert files(tmp_path) == before
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_demonstrations_are_labelled_with_the_expert_s_own_action(toy, tmp_path, monkeypatch):
+    """D_e holds what the expert would do; what is executed is that and noise, but for the gripper (last)."""
+    monkeypatch.setattr(stage0_sft, "load_domain", lambda name: toy)
+    monkeypatch.setattr(stage0_sft.record, "__dict__", {})
+    for k in range(5):
+        stage0_sft.record(("toy", "red", 32, 0.2, 0.0, tmp_path, k))
+    k = attempts(tmp_path)[0]
+    handle, _ = open_episode(tmp_path / f"{k:06d}.safetensors")
+    env, rng = toy.make("red", 32), np.random.default_rng([EXPERT_SEED + k, 1])
+    obs, _ = env.reset(seed=EXPERT_SEED + k)
+    for image, action in zip(handle.get_tensor("image"), handle.get_tensor("action")):
+        assert np.array_equal(image, obs) and np.array_equal(action, toy.expert(env))
+        (
+            obs,
+            *_,
+        ) = env.step((action + [rng.normal(0, 0.2), 0]).clip(-1, 1).astype(np.float32))
 
 
 def test_tasks_are_drawn_equally_often(write, toy, tmp_path):

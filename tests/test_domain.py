@@ -15,7 +15,7 @@ from evaluate import all_tasks, evaluate
 from model import VLA
 
 FRESH = """
-import hashlib, importlib, sys, torch
+import hashlib, importlib, sys
 import numpy as np
 domain = importlib.import_module(f"domains.{sys.argv[1]}")
 env = domain.make(sys.argv[2], 64)
@@ -30,10 +30,10 @@ for seed in map(int, sys.argv[3:]):
 """
 
 
-def fresh(domain, task, *seeds):
+def fresh(domain, task, *seeds, first="import torch"):
     """A digest of what an environment of the task shows and does from each seed, in a process of its own, which leaves
     the environment open and must end without complaint."""
-    command = [sys.executable, "-c", FRESH, domain, task, *map(str, seeds)]
+    command = [sys.executable, "-c", first + FRESH, domain, task, *map(str, seeds)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Traceback" not in ran.stderr, ran.stderr
     return ran.stdout.splitlines()
@@ -70,7 +70,7 @@ def test_a_seed_decides_an_episode(domain, task):
     """The same seed gives the same pictures and the same trajectory in another process, after whatever came before."""
     five, six, five_again = fresh(domain, task, 5, 6, 5)
     assert five == five_again != six
-    assert fresh(domain, task, 6, 5) == [six, five]
+    assert fresh(domain, task, 6, 5, first="") == [six, five]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_vla, refused, write_d_e
+from conftest import make_vla, refused, warm_python, write_d_e
 from safetensors.torch import load_file, save_file
 from test_model import randomise
 
@@ -162,8 +162,8 @@ def test_torchrun_caches_accumulates_and_checkpoints(backbone, project, toy):
         "--steps", "8", "--episodes", "0", "--threads", "1", "--vlm", backbone, "--lora-targets", "language",
         "--dtype", "float32", "--cache", "--lr", "1e-2",
     ]  # fmt: skip
-    two = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    project.must(*two, *command, "--out", runs / "two", "--accumulate", "3", "--checkpointing")
+    two = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    project.must(*two, warm_python(), *command, "--out", runs / "two", "--accumulate", "3", "--checkpointing")
     assert len(list(root.glob("toy/*/.tokens-*/*.safetensors"))) == 6
     project.must("python", *command, "--out", runs / "one")
     one, other = (json.loads((runs / name / "log.jsonl").read_text()) for name in ("one", "two"))

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,8 +120,11 @@ def test_one_at_a_time(tmp_path, capsys):
     with alone_in(tmp_path / "D_e"):
         second = threading.Thread(target=enter, args=["second"])
         second.start()
-        second.join(0.3)
-        assert seen == [] and "waiting" in capsys.readouterr().out
+        said, end = "", time.time() + 10
+        while "waiting" not in said and time.time() < end:
+            time.sleep(0.05)
+            said += capsys.readouterr().out
+        assert seen == [] and "waiting" in said
     second.join(5)
     assert seen == ["second"]
 
@@ -179,8 +183,9 @@ def test_vlm_that_is_none(tmp_path):
     assert str(tmp_path) in refused(lambda: make_vla(tmp_path / "x", str(tmp_path)))
 
 
-def test_unknown_names_on_the_command_line(project, checkpoint, tmp_path):
+def test_unknown_names_on_the_command_line(project, checkpoint, tmp_path, monkeypatch):
     """Unknown domain, task, device: from a terminal too there is one sentence with the known ones, and code 1."""
+    monkeypatch.chdir(project.folder)
     stage = ["python", "stage_rl.py", "--parent", checkpoint, "--out", "runs/unknown", "--domain"]
     said = one_sentence(project.run(*stage, "metawrld", "--task", "blue"))
     assert "metawrld" in said and "metaworld" in said

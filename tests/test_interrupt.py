@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from conftest import STAGE_FILES, Project, check_run, episodes, files, kill, leftovers
+from conftest import STAGE_FILES, Project, check_run, episodes, files, kill, leftovers, warm_python
 
 from data import attempts
 from domains import metaworld
@@ -21,7 +21,7 @@ def killed_often(folder, domain, kills, seconds, seed):
     """Gives the smoke command again and again, killing it at random instants of an undisturbed run's length."""
     project, draw = Project(folder), random.Random(seed)
     for _ in range(kills):
-        process = project.start("bash", "loop.sh", domain, "1", SMOKE="1", STATE_EVERY="0.2")
+        process = project.start("bash", "loop.sh", domain, "1", python=warm_python(), SMOKE="1", STATE_EVERY="0.2")
         try:
             process.communicate(timeout=draw.uniform(1, seconds))
         except subprocess.TimeoutExpired:
@@ -68,15 +68,17 @@ def test_metaworld_loop_killed_20_times(tmp_path):
 CRASH = """
 import os, signal, sys
 from pathlib import Path
-target, times, call, *sys.argv = sys.argv[1:]
+if __name__ == "__main__":
+    target, times, call, *sys.argv = sys.argv[1:]
 replace, seen = os.replace, []
 def crash(source, to):
     if Path(to).name == target and (seen.append(to) or len(seen) == int(times)):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, to)
-os.replace = crash
-import stage0_sft
-exec(call)
+if __name__ == "__main__":  # not in the processes that record
+    os.replace = crash
+    import stage0_sft
+    exec(call)
 """
 STORY = "stage0_sft.main(stage0_sft.story, stage0_sft.tyro.cli(stage0_sft.Args))"
 RECORD = "stage0_sft.record(('toy', 'red', 64, 0.2, 0.0, Path('D_e/toy/red'), 1))"
@@ -85,13 +87,14 @@ RECORD = "stage0_sft.record(('toy', 'red', 64, 0.2, 0.0, Path('D_e/toy/red'), 1)
 def test_kill_in_the_middle_of_a_write(tmp_path, toy):
     """Killed after a file or folder is written and before it has its name, stage 0 ends as if that had not happened."""
     project = Project(tmp_path)
+    (tmp_path / "crash.py").write_text(CRASH)
     stage0 = ["stage0_sft.py", "--domain", "toy", "--data", "D_e", "--out", "runs/0-sft"]
     stage0 += ["--demos", "2", "--steps", "30", "--batch", "8", "--episodes", "1"]
     for target, times, call in (
         ("000001.safetensors", 1, RECORD), ("stage.json", 1, STORY), ("state.safetensors", 1, STORY),
         ("state.safetensors", 3, STORY), ("0-sft", 1, STORY), ("eval.json", 1, STORY),
     ):  # fmt: skip
-        code, out, err = project.run("python", "-c", CRASH, target, times, call, *stage0, STATE_EVERY="0")
+        code, out, err = project.run("python", "crash.py", target, times, call, *stage0, STATE_EVERY="0")
         assert code == -signal.SIGKILL, out + err
     project.must("python", *stage0)
     assert not leftovers(tmp_path / "runs") + leftovers(tmp_path / "D_e")

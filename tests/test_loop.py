@@ -15,9 +15,10 @@ import torch
 import tyro
 from conftest import ROOT, Project, check_run, files
 from safetensors.torch import load_file
+from scipy.stats import binomtest
 
 from domains import kitchen, metaworld
-from evaluate import splits
+from evaluate import splits, wilson
 from report import Args, pooled, story, table
 from run import Refusal, write_json
 
@@ -36,7 +37,8 @@ def test_ppo_replay_is_a_variant_of_the_same_loop(undisturbed):
     """METHOD=ppo-replay with START=: the given stage 0, PPO through all of the VLA, the same stage 2; and
     iRe-VLA-freeze's flag: the VLM is bit for bit the parent's."""
     project, _ = undisturbed
-    project.must("bash", "loop.sh", "toy", "1", SMOKE="1", METHOD="ppo-replay", START="runs/toy-seed0-smoke/0-sft")
+    how = dict(METHOD="ppo-replay", START="runs/toy-seed0-smoke/0-sft", RL="--env-steps 400 --warmup 0")
+    project.must("bash", "loop.sh", "toy", "1", SMOKE="1", **how)
     run, stages = project.folder / "runs/toy-ppo-replay-seed0-smoke", ["0-sft", "1-rl-blue", "1-sft"]
     report = json.loads((run / "report.json").read_text())
     assert [s["name"] for s in report["stages"]] == stages and report["method"] == "ppo-replay"
@@ -53,7 +55,7 @@ def test_ppo_replay_is_a_variant_of_the_same_loop(undisturbed):
 def test_fig_4_compares_three_ways_of_rl(undisturbed):
     """fig4.sh: from nothing and from stage 0 with everything trained, and the head alone; one picture of all."""
     project, _ = undisturbed
-    budget = "--env-steps 900 --envs 4 --rollout 16 --warmup 0"
+    budget = "--env-steps 300 --envs 4 --rollout 16 --warmup 0"
     out = project.must("bash", "fig4.sh", "toy", "runs/toy-seed0-smoke/0-sft", RL=budget)
     run = project.folder / "runs/fig4-toy-seed0"
     assert out.strip().endswith("curves.png") and (run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -127,6 +129,8 @@ def test_the_table_counts_every_episode(tmp_path):
     mean, low, high, seeds = pooled([(None, stages[0]), (None, stages[1])], kitchen.UNSEEN_TASKS)
     x = [np.mean([won["sft-only", 1, s][t] for t in kitchen.UNSEEN_TASKS]) for s in ("0-sft", "2-sft")]
     assert seeds == pytest.approx(x) and mean == pytest.approx(np.mean(x)) and low < mean < high
+    for k in (0, 19, 25):
+        assert wilson(k, 25) == pytest.approx(tuple(binomtest(k, 25).proportion_ci(method="wilson")), abs=1e-3)
     with pytest.raises(Refusal, match="second sft-only of seed 1"):
         table([*folders, folders[2]])
     last = json.loads((folders[2] / "report.json").read_text())
@@ -229,6 +233,15 @@ def test_the_baselines_are_variants_of_the_same_loop(method, stages, flag, stand
     assert code == 2 and "nowhere" in err
     code, _, err = project.run("bash", "loop.sh", "toy", "1", PYTHON="/no/python")
     assert code == 2 and "PYTHON=/no/python" in err
+
+
+def test_sft_stages_are_launched_elsewhere(stand_in):
+    """SFT_LAUNCH= stands before the SFT stages and before nothing else."""
+    project, fake, heard = stand_in
+    project.must("bash", "loop.sh", "metaworld", "1", PYTHON=str(fake), SFT_LAUNCH=f"{fake} launched -n 2")
+    launched = [words[3] for words in heard() if words[0] == "launched"]
+    assert launched == ["stage0_sft.py", "stage_sft.py"]
+    assert {words[0] for words in heard()} == {"launched", "plan.py", "-c", "stage_rl.py", "report.py"}
 
 
 @pytest.mark.parametrize("command", list(written_commands()))

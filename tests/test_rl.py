@@ -1,5 +1,6 @@
 """Stage 1: the advantages are GAE's, PPO finds a known optimum, the VLM stays as it is, D_rl holds successes only."""
 
+import gc
 import json
 import re
 
@@ -9,9 +10,11 @@ import torch
 from conftest import TOY, files, make_vla
 from safetensors.torch import load_file, save_file
 
+import stage_rl
 from data import BORROW_SEED, EVAL_SEED, EXPERT_SEED, ONLINE_SEED, RL_SEED, attempts, open_episode
 from model import VLA
-from stage_rl import gae, ppo_losses
+from run import optimizer_tensors
+from stage_rl import gae, ppo_losses, shaken
 
 
 def lambda_return_advantage(r, v, term, trunc, gamma, lam):
@@ -87,7 +90,8 @@ def trained(project, checkpoint):
     assert files(checkpoint) == before  # the parent is only read
     result = project.folder / "start"
     result.mkdir()
-    project.must("python", "evaluate.py", "--checkpoint", checkpoint, "--out", result / "eval.json", "--envs", "8")
+    evaluated = ["--checkpoint", checkpoint, "--tasks", "blue", "--out", result / "eval.json", "--envs", "8"]
+    project.must("python", "evaluate.py", *evaluated)
     return checkpoint, out, result
 
 
@@ -131,11 +135,12 @@ def test_without_a_success_the_head_rests(project, tmp_path):
     impossible = TOY.replace("success = abs(self.x) < 0.15", "success = False")
     (project.folder / "domains/impossible.py").write_text(impossible)
     make_vla(tmp_path, domain="impossible").save(tmp_path / "parent")
-    project.must(
+    out = project.must(
         "python", "stage_rl.py", "--task", "blue", "--parent", tmp_path / "parent", "--out", tmp_path / "1-rl-blue",
-        "--env-steps", "1500", "--envs", "2", "--rollout", "32", "--warmup", "0", "--successes", "1", "--episodes", "0",
+        "--env-steps", "1000", "--envs", "2", "--rollout", "32", "--warmup", "0", "--successes", "1", "--episodes", "0",
         "--threads", "1",
     )  # fmt: skip
+    assert "no success in 100 episodes, nor in" in out  # other sentences were tried
     old, new = (load_file(tmp_path / f / "heads.safetensors") for f in ("parent", "1-rl-blue"))
     assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("head."))
 
@@ -171,19 +176,70 @@ def test_other_sentences_are_a_start_where_the_own_leads_nowhere(project, tmp_pa
     assert all(torch.equal(old[k], new[k]) for k in old)
 
 
-def test_ppo_through_the_whole_vla_moves_theta_and_resumes(project, checkpoint, tmp_path):
-    """The baseline, `--train-vlm`: the VLM changes, and what is saved on the way goes on as it was."""
+def test_rl_goes_on_with_all_that_it_had(checkpoint, toy, tmp_path, monkeypatch):
+    """Stopped after a saved state, stage 1 is handed the same weights, critic, moments, counters and recent episodes;
+    what it ends with is the best head, not the last."""
+    sittings = []
+
+    def train(args, budget, domain, vla, critic, optimizer, stage, counters, recent, keep_best):
+        first = not sittings
+        if first:
+            for success, by in ((1, 0.1), (0, 0.2)):
+                for p in vla.phi():
+                    p.data.add_(by)
+                recent.extend([success] * 100)
+                keep_best()
+                if success:
+                    sittings.append([p.detach().clone() for p in vla.phi()])
+            sum(p.square().sum() for p in [*vla.phi(), *critic.parameters()]).backward()
+            optimizer.step()
+            counters.update(iteration=3, env_steps=77)
+        tensors = {**vla.state_dict(), **{f"critic.{k}": v for k, v in critic.state_dict().items()}}
+        tensors = {k: v.clone() for k, v in (tensors | optimizer_tensors(optimizer)).items()}
+        sittings.append((tensors, {k: counters[k] for k in ("iteration", "env_steps", "best")}, list(recent)))
+        yield
+        if first:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage_rl, "load_domain", lambda name: toy)
+    monkeypatch.setattr(stage_rl, "train", train)
+    monkeypatch.setattr("run.STATE_EVERY", -1)
+    args = stage_rl.Args("blue", str(checkpoint), str(tmp_path / "1-rl-blue"), successes=0, episodes=0)
+    with pytest.raises(KeyboardInterrupt):
+        stage_rl.story(args)
+    gc.collect()  # with it goes the stage, and the lock on its folder
+    stage_rl.story(args)
+    best, (tensors, *rest), (again, *rest_again) = sittings
+    assert rest == rest_again and tensors.keys() == again.keys() and any(k.startswith("opt.") for k in tensors)
+    assert all(torch.equal(tensors[k], again[k]) for k in tensors)
+    assert all(torch.equal(a, b) for a, b in zip(best, VLA.load(tmp_path / "1-rl-blue").phi(), strict=True))
+
+
+def test_ppo_through_the_whole_vla_moves_theta(project, checkpoint, tmp_path):
+    """The baseline, `--train-vlm`: the VLM changes."""
     command = (
         "python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--parent", checkpoint, "--envs", "4",
         "--rollout", "16", "--minibatch", "32", "--warmup", "0", "--successes", "1", "--episodes", "0", "--threads",
         "1", "--train-vlm", "--out", tmp_path / "1-rl-blue",
     )  # fmt: skip
-    project.must(*command, "--env-steps", "2000", STATE_EVERY="0")
+    project.must(*command, "--env-steps", "400", STATE_EVERY="0")
     old, new = (load_file(f / "vlm/model.safetensors") for f in (checkpoint, tmp_path / "1-rl-blue"))
     moved = [k for k in old if not torch.equal(old[k], new[k])]
     assert any("vision" in k for k in moved) and any("language_model" in k for k in moved)
     code, _, err = project.run(*command, "--algo", "sacfd", "--out", tmp_path / "other")
     assert code == 1 and "--train-vlm goes with --algo ppo" in err
+
+
+def test_d_rl_s_labels_are_the_policy_s_own(checkpoint):
+    """What is executed is the label and noise, the same for an episode and decision; the gripper is not shaken."""
+    vla, ids = VLA.load(checkpoint), [("blue", 5, 0), ("blue", 5, 1), ("blue", 5, 0)]
+    with torch.no_grad():
+        h, mask = vla.encode(np.full((3, 32, 32, 3), 100, np.uint8), ["push the blue bead"] * 3)
+        executed, label = shaken(vla, 0.2)(h, mask, ids)
+        assert torch.equal(label, vla.act(h, mask))
+    noise = executed - label
+    assert torch.equal(noise[0], noise[2]) and noise[0, 0] != noise[1, 0] and 0 < noise[:, 0].abs().max() < 1
+    assert not noise[:, -1].any()
 
 
 def test_d_rl_holds_successes_only(trained, toy):

@@ -2,13 +2,17 @@
 
 import json
 import time
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import files, kill, make_vla
+from conftest import files, kill, make_vla, warm_python
 from safetensors.torch import load_file
 
+import sacfd
+import stage_rl
 from data import attempts, open_episode
 from model import VLA
 from sacfd import RANGE, Critics, Replay, actor_loss, critic_loss, executed, squashed
@@ -88,6 +92,62 @@ def test_priorities_decide_what_is_drawn_and_weights_undo_it(exponent):
     torch.testing.assert_close(counts / counts.sum(), share / share.sum(), atol=5e-4, rtol=0.1)
     unbiased = torch.zeros(drawable.numel()).index_add_(0, i, rows[5]).view_as(share)[drawable]
     assert (unbiased / unbiased.mean() - 1).abs().max() < 0.1
+
+
+def test_a_replay_read_again_is_the_one_written(tmp_path):
+    """Row by row, priorities too; the rows of a state that was not saved are dropped, and what was going on is over."""
+    written, again = filled(np.random.default_rng(2)), Replay(40, 3, 2, 4, 2, "cpu")
+    rows = Replay(40, 3, 2, 4, 2, "cpu")
+    rows.h[0] = written.h[0]
+    for t in range(40):
+        if t in (15, 30):
+            rows.write(tmp_path)
+        row = [getattr(written, name)[t] for name in ("action", "reward", "term", "trunc")]
+        rows.add(*row, written.priority[t] > 0, written.h[t + 1])
+    rows.priority[:] = written.priority * torch.rand(40, 3)
+    rows.write(tmp_path)
+    again.read(tmp_path, 40)
+    assert again.t == again.written == 40
+    for name in ("h", "action", "reward", "term", "priority"):
+        assert torch.equal(getattr(again, name), getattr(rows, name)), name
+    assert torch.equal(again.trunc[:39], rows.trunc[:39]) and torch.equal(again.trunc[39], 1 - rows.term[39])
+    again.read(tmp_path, 30)
+    assert again.t == 30 and len(list(tmp_path.glob("replay-*"))) == 2
+
+
+def test_faults_are_not_learned_from_and_a_person_s_action_is_stored(checkpoint, toy, tmp_path, monkeypatch):
+    """An episode that a fault ended is never drawn; the action of every row is the one that was executed."""
+
+    class Robot(gym.Wrapper):
+        episodes = 0
+
+        def step(self, action):
+            obs, _, _, over, _ = self.env.step(action)
+            self.episodes += over
+            fault = {"fault": "the link is lost"} if over and self.episodes == 1 else {}
+            return obs, 0.0, False, over, {"executed": np.full(2, 0.5, np.float32), **fault}
+
+    class Here(gym.vector.SyncVectorEnv):  # in this process
+        def step_async(self, actions):
+            self.asked = actions
+
+        def step_wait(self):
+            return self.step(self.asked)
+
+    made = []
+    monkeypatch.setattr(sacfd, "Replay", lambda *args: made.append(Replay(*args)) or made[-1])
+    robot = lambda fns, vla, mode: Here([lambda: Robot(toy.make("blue", 32))], autoreset_mode=mode)  # noqa: E731
+    monkeypatch.setattr(sacfd, "simulators", robot)
+    vla, critics = VLA.load(checkpoint), Critics(128, 2, 0.01)
+    args = stage_rl.Args("blue", "", str(tmp_path / "1-rl"), envs=1, sacfd=sacfd.SACfD(utd=0))
+    optimizer = torch.optim.Adam(vla.phi())
+    stage = SimpleNamespace(folder=tmp_path, log=lambda *_, **__: None, due=bool)
+    counters = {"env_steps": 0, "iteration": 0, "best": -1.0}
+    next(sacfd.train_sacfd(args, 24, toy, vla, critics, optimizer, stage, counters, [], lambda: 0.0))
+    (replay,) = made
+    drawable = (replay.priority[: replay.t, 0] > 0).tolist()  # three episodes of 8, a reset after each
+    assert drawable == [False] * 9 + [True] * 8 + [False] + [True] * 8
+    assert (replay.action[: replay.t, 0][drawable] == 0.5).all()
 
 
 def test_a_mean_beyond_the_range_is_pulled_back(tmp_path):
@@ -183,17 +243,15 @@ def test_the_buffer_survives_a_kill(project, weak):
     """Killed at any instant, the same command goes on with the rows it had: none lost up to the saved state."""
     out = project.folder / "runs/sac-kill/1-rl-blue"
     partial = out.with_name(".1-rl-blue.partial")
-    go = command(weak, out, "--env-steps", "1600", "--episodes", "0", "--sacfd.utd", "1")
-    process = project.start(*go, STATE_EVERY="0")
-    for _ in range(1200):
-        if len(list(partial.glob("replay-*.safetensors"))) >= 3:  # then the state of the second is saved
-            break
-        time.sleep(0.1)
+    go = command(weak, out, "--env-steps", "2400", "--episodes", "0", "--sacfd.utd", "0.25")
+    process = project.start(*go, python=warm_python(), STATE_EVERY="0")
+    while len(list(partial.glob("replay-*.safetensors"))) < 3 and process.poll() is None:
+        time.sleep(0.1)  # with the third the state of the second is saved
     kill(process, 9)
     process.communicate()
     kept = {p.name: p.read_bytes() for p in sorted(partial.glob("replay-*.safetensors"))[:2]}
     assert len(kept) == 2
-    process = project.start(*go, STATE_EVERY="0")
+    process = project.start(*go, python=warm_python(), STATE_EVERY="0")
     while len(list(partial.glob("replay-*.safetensors"))) < 4 and process.poll() is None:
         time.sleep(0.1)
     assert {name: (partial / name).read_bytes() for name in kept} == kept
@@ -201,4 +259,4 @@ def test_the_buffer_survives_a_kill(project, weak):
     assert process.returncode == 0, err[-2000:]
     assert not [name for name in files(out) if "replay" in name or "priority" in name]
     log = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert log == sorted(set(log)) and log[-1] >= 1600
+    assert log == sorted(set(log)) and log[-1] >= 2400

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import files, kill, write_d_e
+from conftest import files, kill, warm_python, write_d_e
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -57,38 +57,37 @@ def test_killed_sft_goes_on_bit_for_bit(stage, project, checkpoint, toy):
     """SIGKILL after a saved state and the same command again give the weights and the log of an undisturbed run."""
     data, runs, steps = project.folder / "runs/D_e-resume", project.folder / "runs" / stage, 120
     common = ["--domain", "toy", "--data", data, "--batch", "8", "--episodes", "0", "--threads", "1"]
-    collect = ["python", "stage0_sft.py", *common, "--demos", "3", "--image-size", "32"]
+    first = ["python", "stage0_sft.py", *common, "--demos", "3", "--image-size", "32", "--dtype", "float32"]
     whole, killed = runs / "whole", runs / "killed"
-    if stage == "stage_sft":
-        write_d_e(data / "toy", toy)
-        command = ["python", "stage_sft.py", *common, "--parent", checkpoint, "--steps", steps]
-    else:
-        command = [*collect, "--dtype", "float32", "--steps", steps]
+    write_d_e(data / "toy", toy)
+    command = first if stage == "stage0_sft" else ["python", "stage_sft.py", *common, "--parent", checkpoint]
+    command += ["--steps", steps]
     project.must(*command, "--out", whole)
-    process = project.start(*command, "--out", killed, STATE_EVERY="0")
+    process = project.start(*command, "--out", killed, python=warm_python(), STATE_EVERY="0")
     while (step := saved_step(killed)) < 7 and process.poll() is None:
         time.sleep(0.02)
-    kill(process, signal.SIGKILL).wait()
-    assert step >= 7 and saved_step(killed) < steps and not killed.exists()  # it was killed in the middle
+    kill(process, signal.SIGKILL).communicate()
+    assert step >= 7 and saved_step(killed) < 100 and not killed.exists()  # it was killed in the middle
     project.must(*command, "--out", killed)
     a, b = files(whole), files(killed)
     assert a["heads.safetensors"] == b["heads.safetensors"]
     assert a["vlm/model.safetensors"] == b["vlm/model.safetensors"]
     log = [[json.loads(line) for line in x["log.jsonl"].splitlines()] for x in (a, b)]
-    assert [row["step"] for row in log[1]] == [row["step"] for row in log[0]] and len(log[0]) >= 2
+    decided = [[(row["step"], row["lr"], row["grad_norm"]) for row in rows] for rows in log]
+    assert decided[0] == decided[1] and len(log[0]) == 3 and log[0][2]["loss"] == log[1][2]["loss"]
     assert not [name for name in b if "tmp" in name or "state" in name]
 
 
-def test_nan_loss_stops_sft_and_says_how_to_go_on(project):
+def test_nan_loss_stops_sft_and_says_how_to_go_on(project, toy):
     """A learning rate that explodes ends the stage with one sentence, no finished folder, and a way out that works."""
-    data, out = project.folder / "runs/D_e-nan", project.folder / "runs/nan/0-sft"
+    data, out = project.folder / "runs/D_e-explodes", project.folder / "runs/explodes/0-sft"
+    write_d_e(data / "toy", toy)
     command = ["python", "stage0_sft.py", "--domain", "toy", "--data", data, "--out", out, "--demos", "1"]
     command += ["--image-size", "32", "--steps", "20", "--batch", "8", "--episodes", "0", "--threads", "1"]
     code, _, err = project.run(*command, "--lr", "1e30")
     assert code == 1 and "Traceback" not in err and "nan" in (said := err.splitlines()[-1]).lower() and "--lr" in said
     assert not out.exists()
-    code, _, err = project.run(*command, "--lr", "1e-4")  # what the sentence says to do
-    assert code == 0 or "delete" in said, err.splitlines()[-1]
+    project.must(*command, "--lr", "1e-4")  # what the sentence says to do
 
 
 def test_augment_keeps_views_apart_and_changes_each_image_by_its_own_numbers():
@@ -131,20 +130,18 @@ def test_two_processes_train_as_one_does(project, checkpoint, toy, stage):
     rounding; stopped, and gone on with by one process, too."""
     runs, data = project.folder / f"runs/ranks-{stage}", project.folder / f"runs/D_e-ranks-{stage}"
     common = ["--domain", "toy", "--data", data, "--batch", "16", "--episodes", "0", "--threads", "1", "--steps", "20"]
-    first = ["stage0_sft.py", *common, "--demos", "2", "--image-size", "32", "--dtype", "float32"]
-    if stage == "stage_sft":
-        write_d_e(data / "toy", toy)
-        command = ["stage_sft.py", *common, "--parent", checkpoint]
-    else:
-        command = first
-    two = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    write_d_e(data / "toy", toy)
+    first = ["stage0_sft.py", *common, "--demos", "3", "--image-size", "32", "--dtype", "float32"]
+    command = first if stage == "stage0_sft" else ["stage_sft.py", *common, "--parent", checkpoint]
+    run = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two, warm = [*run, *command], [*run, "--no-python", warm_python(), *command]
     project.must("python", *command, "--out", runs / "one")
-    project.must(*two, "--out", runs / "two")
+    project.must(*warm, "--out", runs / "two")
     process = project.start(*two, "--out", runs / "resumed", STATE_EVERY="0")
     while saved_step(runs / "resumed") < 3 and process.poll() is None:
         time.sleep(0.02)
     kill(process, signal.SIGTERM).wait()  # not SIGKILL: torchrun would leave its processes running
-    assert saved_step(runs / "resumed") < 20
+    assert 3 <= saved_step(runs / "resumed") < 20 and not (runs / "resumed").exists()
     project.must("python", *command, "--out", runs / "resumed")
     log, heads = {}, {}
     for name in ("one", "two", "resumed"):

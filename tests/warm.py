@@ -5,10 +5,11 @@ rest of it often less, and the tests run a hundred stages.
     warm.py SERVER -c ...            anything but a script of the project's: what Python itself does
     warm.py --serve SERVER           the server; SERVER is the path of a socket. It ends with its standard input
 
-Every stage begins with the project's own files unread, its own arguments, environment and folder. A signal to warm.py
-does not reach the stage: what kills its command takes Python (conftest.py's `start`).
+Every stage begins with the project's own files unread, its own arguments, environment and folder. When warm.py is
+killed so is the stage with all its processes; other signals do not reach it, so what sends those takes Python.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -20,7 +21,10 @@ def ask(server, argv):
         connection.connect(server)
         words = [os.getcwd(), str(len(argv)), *argv, *(f"{k}={v}" for k, v in os.environ.items())]
         socket.send_fds(connection, ["\0".join(words).encode() + b"\0\0"], [0, 1, 2])
-        return int(connection.makefile().read())
+        code = int(connection.makefile().read())
+    if code < 0:  # a signal's
+        os.kill(os.getpid(), -code)
+    return code
 
 
 def serve(server):
@@ -61,9 +65,13 @@ def serve(server):
     while not asked.endswith(b"\0\0"):
         asked += connection.recv(1 << 20)
     child = os.fork()
+    os.setpgid(child, child)  # on both sides: whoever is first
     if child:
+        if connection in select.select([connection, os.pidfd_open(child)], [], [])[0]:  # its end: warm.py is gone
+            os.killpg(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        with contextlib.suppress(BrokenPipeError):
+            connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
     connection.close()
     folder, count, *words = asked[:-2].decode().split("\0")
@@ -74,8 +82,9 @@ def serve(server):
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    runpy.run_path(sys.argv[0], run_name="__main__")  # its end is this process's
+    script = os.path.abspath(sys.argv[0])
+    sys.path[0] = os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")  # its end is this process's
 
 
 if __name__ == "__main__":
