@@ -425,13 +425,13 @@ class SpaceMouse:
             raise Refusal(f"no SpaceMouse ({error}): plug it in, or unset ROBOT_TAKEOVER") from error
         if self.mouse is None:
             raise Refusal("no SpaceMouse: plug it in, or unset ROBOT_TAKEOVER")
-        self.gripper, self.driving, self.newest, self.open = 1.0, False, self.mouse.read(), True
+        self.gripper, self.driving, self.newest = 1.0, False, self.mouse.read()
         threading.Thread(target=self.follow, daemon=True).start()
 
     def follow(self):
         """Read every report as it comes. They queue up: read once a decision, they would move the arm for seconds after
         the hand has let go."""
-        while self.open:
+        while True:
             try:
                 self.newest = self.mouse.read()
             except Exception:  # noqa: BLE001  unplugged
