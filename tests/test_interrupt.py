@@ -42,6 +42,7 @@ def test_loop_killed_at_random_instants(undisturbed, tmp_path, toy):
     stages = ["0-sft", "1-rl-blue", "1-sft"]
     run = check_run(tmp_path, toy, stages, 2, tmp_path / "runs/D_e-smoke/toy")
     check_run(whole.folder, toy, stages, 2, whole.folder / "runs/D_e-smoke/toy")
+    assert attempts(run / "D_rl/blue")
     assert episodes(tmp_path / "runs/D_e-smoke") == episodes(whole.folder / "runs/D_e-smoke")
     for name in ("heads.safetensors", "vlm/model.safetensors"):
         assert (run / "0-sft" / name).read_bytes() == (whole.folder / "runs/toy-seed0-smoke/0-sft" / name).read_bytes()
