@@ -273,7 +273,8 @@ def story(args):
     stage0 = tyro.cli(stage0_sft.Args, args=[*given[2:], "--vlm", args.vlm, *shlex.split(args.stage0)])
     stage0.demos = domain.DEMOS if stage0.demos is None else stage0.demos
     stage0.dtype = stage0.dtype or pick_dtype(train_whole=args.vlm == "tiny")
-    check_d_e(args, domain, left, stage0)
+    if "0-sft" not in left:
+        check_d_e(args, domain, stage0)
     rl = tyro.cli(stage_rl.Args, args=["--task", domain.RL_TASKS[0], *given, *shlex.split(args.rl)])
     sft = tyro.cli(stage_sft.Args, args=[*given, *shlex.split(args.sft)])
     (algo, budget), device = stage_rl.algo_and_budget(rl, domain), pick_device(stage0.device)
@@ -331,10 +332,10 @@ def story(args):
           + f" (RL at most); all that is left {total / 60:,.0f}")  # fmt: skip
 
 
-def check_d_e(args, domain, left, stage0):
+def check_d_e(args, domain, stage0):
     """Refuse a run whose stage 0, which records D_e, is done, and whose stage 2 would find D_e missing, hours later."""
     for task in domain.EXPERT_TASKS:
-        if "0-sft" not in left and not attempts(folder := Path(args.data) / args.domain / task):
+        if not attempts(folder := Path(args.data) / args.domain / task):
             raise Refusal(
                 f"{folder} holds no episodes, and stage 0, which records them, is done: bring them back, or record "
                 f"them anew: python stage0_sft.py --domain {args.domain} --data {args.data} --demos {stage0.demos} "

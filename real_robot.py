@@ -558,11 +558,10 @@ class Panda(gym.Env):
         self.begin()
         self.observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
-        address = urllib.parse.urlsplit(setup.url)
-        host = address.hostname
+        host, port = self.link.connection.host, self.link.connection.port
         with contextlib.suppress(OSError):
             host = socket.gethostbyname(host)  # a robot is one by whatever name
-        path = Path(tempfile.gettempdir(), f"robot-{urllib.parse.quote(f'{host}:{address.port or 80}', '')}.lock")
+        path = Path(tempfile.gettempdir(), f"robot-{urllib.parse.quote(f'{host}:{port}', '')}.lock")
         with contextlib.ExitStack() as undo:
             self.lock = undo.enter_context(open(path, "w"))
             try:

@@ -152,10 +152,7 @@ def test_demonstrations_are_labelled_with_the_expert_s_own_action(toy, tmp_path,
     obs, _ = env.reset(seed=EXPERT_SEED + k)
     for image, action in zip(handle.get_tensor("image"), handle.get_tensor("action")):
         assert np.array_equal(image, obs) and np.array_equal(action, toy.expert(env))
-        (
-            obs,
-            *_,
-        ) = env.step((action + [rng.normal(0, 0.2), 0]).clip(-1, 1).astype(np.float32))
+        obs = env.step((action + [rng.normal(0, 0.2), 0]).clip(-1, 1).astype(np.float32))[0]
 
 
 def test_tasks_are_drawn_equally_often(write, toy, tmp_path):
