@@ -1,394 +1,480 @@
 """
-SACfD: soft actor-critic from demonstrations, in the frozen VLM's latent space (paper Sec. V-D). The other algorithm of
-stage 1, `stage_rl.py --algo sacfd`, for a robot, where PPO's appetite for episodes cannot be paid.
+SACfD: soft actor-critic from demonstrations, in the frozen VLM's latent space (paper Sec. V-D, Eq.
+3). It is stage 1's other algorithm, `stage_rl.py --algo sacfd`, for a robot, where PPO would need
+too many episodes.
 
-    demonstrations   20 successes of the zero-shot policy, those that D_rl/<task> holds or else played now, exploring
-    row              latents h (M, D) bf16, action, reward, term, trunc; what a decision led to is the next row
-    batch            half from the demonstrations, half from what RL has seen
-    critics          two; target: n-step return + gamma^n (the lesser of two slow copies - alpha log pi)
-    actor            A-range * tanh(atanh(head) + std * noise): without noise it is the head's greedy action
+    demonstrations   20 successes of the zero-shot policy: read from D_rl/<task>; missing ones are recorded, exploring
+    row              latents h (M, D) bf16, action, reward, terminated, truncated; the next row holds the next latents
+    batch            50 % demonstrations, 50 % replay buffer
+    critics          two; target: n-step return + gamma^n (the smaller of two target critics - alpha log pi)
+    actor            ACTION_LIMIT * tanh(atanh(head) + std * noise): without noise it is the head's greedy action
     losses           critics: squared error; actor: alpha log pi - Q, and on demonstrations the distance to their action
 
-Sources: SAC 1801.01290, its learned temperature 1812.05905; DDPGfD 1707.08817 (demonstrations in the buffer, n-step
-returns, priorities, several updates a step: what "fD" adds); RLPD 2302.02948 (half and half; layer norm in critics);
-behaviour cloning beside RL 1709.10089. SERL runs SAC on 50/50 batches without priorities or cloning.
+Sources: SAC 1801.01290, its learned temperature 1812.05905; DDPGfD 1707.08817 (the "from
+demonstrations" part: demonstrations in the buffer, n-step returns, priorities, several updates per
+step); RLPD 2302.02948 (50/50 sampling; layer norm in critics); behaviour cloning next to RL
+1709.10089. SERL runs SAC on 50/50 batches without priorities or cloning.
 
-The paper names SACfD and says half and half, 20 demonstrations, an hour a task; all else here is a choice:
-1) One deviation for each action dimension, as PPO's, not one for each state.
-2) The actor rests until `warmup` decisions, those of the zero-shot attempts among them, have been made.
-3) The zero-shot attempts explore as the actor does: a greedy policy that hesitates stands still for ever
-   (results/experiments.md). `real_robot.py collect` is greedy unless `--std` is given: an operator can take over.
-4) An episode that a fault ended (info["fault"]) stays in the file and is never drawn; a person's action
-   (info["executed"]) is stored as the action.
+The paper specifies SACfD, batches of 50 % demonstrations, 20 demonstrations and one hour per task.
+The rest is our choice:
+1) One std for each action dimension, as in PPO, not one for each state.
+2) The actor is frozen until `warmup` environment steps, those of the zero-shot attempts included.
+3) The zero-shot attempts explore as the actor does: a greedy policy can get stuck, because it sees
+   the same image and repeats the same null action (results/experiments.md). `real_robot.py collect`
+   is greedy unless `--std` is set: an operator can take over.
+4) An episode that a fault ended (info["fault"]) stays in the buffer but is never sampled. The
+   operator's action (info["executed"]) is stored as the action.
 """
 
+import contextlib
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from data import RL_SEED, attempts, open_episode
-from domains import simulator
-from evaluate import simulators
-from model import TokenLearner
-from run import Refusal, check_memory, read_tensors, whole
+from common.devices import check_memory, pick_device
+from common.episode_file import RL_SEED, episode_ids, executed_episodes
+from common.errors import UserError
+from common.recording import OnlineRecording, record_successes, step_noise
+from common.replay import Batch, Replay, load_demonstrations
+from common.rl_learner import Learner
+from common.runs import Stage
+from common.vector_env import Policy, make_policy_envs
+from domains import load_domain
+from evaluate import evaluate_stage, skip_if_done
+from model import VLA, TokenLearner, describe, set_trainable
 
-RANGE = 1.1  # the squashed action's, a little more than what the environment clips to: atanh(1) is infinite
-
-
-@dataclass
-class SACfD:
-    demos: int = 20  # zero-shot successes in the demonstration buffer
-    utd: float = 4.0  # gradient steps for each decision
-    batch: int = 128  # rows of each gradient step, half of them demonstrations
-    actor_every: int = 2  # gradient steps of the critics for one of the actor and the temperature (TD3 1802.09477)
-    n_step: int = 5  # decisions whose rewards are summed before the critic is asked
-    tau: float = 0.005  # share of the critics that goes into their slow copies at each gradient step
-    lr: float = 2e-4  # of the head
-    critic_lr: float = 3e-4  # of the critics and the temperature
-    alpha: float = 0.002  # initial temperature
-    entropy: float = -1.0  # target entropy for each action dimension
-    clone: float = 0.05  # weight of behaviour cloning on the demonstrations
-    priority: float = 0.6  # exponent of prioritized replay
-    importance: float = 0.4  # exponent of its importance weights
-    warmup: int = 500  # decisions before the actor moves, zero-shot attempts included
+# Bound of the tanh action, a little above the environment's clip, because atanh(1) is infinite.
+ACTION_LIMIT = 1.1
+ENV_STEPS = 30_000  # default budget
+ROWS_PER_ITERATION = 100  # rows between two log lines
+MAX_GRAD_NORM = 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Actor and critics
 
 
-def squashed(mean, log_std, noise):
-    """The actor: (B, A), (A,), (B, A) standard normal -> (action (B, A) in (-RANGE, RANGE), its log-probability (B,)).
+def tanh_gaussian(
+    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The actor: mean (B, A), log_std (A,), standard normal noise (B, A) -> (action (B, A), log-probability (B,)).
 
-    SAC's tanh of a Gaussian (1801.01290, appendix C), around atanh(mean): without noise the action is the mean, clipped
-    to [-1, 1] as in VLA.act. The clip lets gradients pass, for SFT's mean lies beyond the range here and there.
+    SAC's tanh of a Gaussian (1801.01290, appendix C), around atanh(mean). Without noise the action
+    is the mean, clipped to [-1, 1] as in VLA.act. The clip uses a straight-through gradient,
+    because SFT means sometimes leave [-1, 1].
     """
     mean = mean + (mean.clamp(-1, 1) - mean).detach()
-    u = torch.atanh(mean / RANGE) + log_std.exp() * noise  # (B, A)
+    u = torch.atanh(mean / ACTION_LIMIT) + log_std.exp() * noise  # (B, A)
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_slope = math.log(RANGE) + 2 * (math.log(2) - u - F.softplus(-2 * u))  # log d action / du
-    return RANGE * u.tanh(), (log_prob - log_slope).sum(-1)
+    # log d action / du.
+    log_slope = math.log(ACTION_LIMIT) + 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return ACTION_LIMIT * u.tanh(), (log_prob - log_slope).sum(-1)
 
 
-class Twins(nn.Module):
-    """Two critics Q(h, a) on one token learner: (B, M, D), (B, M), (B, A) -> (2, B). The head's shape, the action
-    beside the pooled latents."""
+def exploring_policy(vla: VLA) -> Policy:
+    """Return the policy that records as SACfD explores: the label is the executed action."""
 
-    def __init__(self, dim, action_dim, hidden=256):
+    def act(h: torch.Tensor, mask: torch.Tensor, ids: list) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = vla.mean(h, mask)
+        executed, _ = tanh_gaussian(mean, vla.log_std, step_noise(ids, mean))
+        return executed, executed
+
+    return act
+
+
+class TwinQ(nn.Module):
+    """Two critics Q(h, a) on one token learner: (B, M, D), (B, M), (B, A) -> (2, B).
+
+    They have the head's shape; the action is concatenated to the pooled latents.
+    """
+
+    def __init__(self, dim: int, action_dim: int, hidden: int = 256):
         super().__init__()
         self.token_learner = TokenLearner(dim)
-        norm = lambda: (nn.LayerNorm(hidden), nn.GELU())  # noqa: E731
-        self.mlps = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(dim + action_dim, hidden), *norm(), nn.Linear(hidden, hidden), *norm(), nn.Linear(hidden, 1)
-            )
-            for _ in range(2)
+        self.mlps = nn.ModuleList(self.make_mlp(dim + action_dim, hidden) for _ in range(2))
+
+    @staticmethod
+    def make_mlp(width: int, hidden: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, 1),
         )
 
-    def forward(self, h, mask, action):
+    def forward(self, h: torch.Tensor, mask: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         x = torch.cat([self.token_learner(h, mask), action], dim=1)  # (B, D + A)
         return torch.cat([mlp(x) for mlp in self.mlps], dim=1).T  # (2, B)
 
 
-class Critics(nn.Module):
-    """What SACfD trains beside the head: two critics, their slow copies, the temperature's logarithm."""
+class SACCritics(nn.Module):
+    """Twin critics, their target networks and log alpha."""
 
-    def __init__(self, dim, action_dim, alpha):
+    def __init__(self, dim: int, action_dim: int, alpha: float):
         super().__init__()
-        self.q, self.slow = Twins(dim, action_dim), Twins(dim, action_dim)
-        self.slow.load_state_dict(self.q.state_dict())
-        self.slow.requires_grad_(False)
+        self.q = TwinQ(dim, action_dim)
+        self.target = TwinQ(dim, action_dim)
+        self.target.load_state_dict(self.q.state_dict())
+        self.target.requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
 
     @torch.no_grad()
-    def follow(self, tau):
-        torch._foreach_lerp_(list(self.slow.parameters()), list(self.q.parameters()), tau)
+    def soft_update(self, tau: float) -> None:
+        """Move the target critics a step of tau towards the critics."""
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.q.parameters()), tau)
 
 
-def critic_loss(vla, critics, mask, batch, noise):
-    """(weighted squared error of both critics, its absolute value (B,)) of a batch as Replay.sample gives it; noise
-    (B, A) standard normal."""
-    # fmt: off
-    h, action, ret, discount, h_after, weight = batch
+def critic_loss(
+    vla: VLA, critics: SACCritics, mask: torch.Tensor, batch: Batch, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (weighted squared error of both critics, its absolute value (B,)). noise (B, A) is standard normal."""
     alpha = critics.log_alpha.exp().detach()
     with torch.no_grad():
-        a, logp = squashed(vla.mean(h_after, mask), vla.log_std, noise)                # (B, A), (B,)
-        after = critics.slow(h_after, mask, a.clamp(-1, 1)).amin(0)                    # (B,)
-        target = ret + discount * (after - alpha * logp)                               # (B,)
-    error = critics.q(h, mask, action) - target                                        # (2, B)
-    return (weight * error.square()).mean(1).sum(), error.detach().abs().mean(0)
-    # fmt: on
+        a, logp = tanh_gaussian(vla.mean(batch.h_next, mask), vla.log_std, noise)  # (B, A), (B,)
+        q_next = critics.target(batch.h_next, mask, a.clamp(-1, 1)).amin(0)  # (B,)
+        target = batch.ret + batch.discount * (q_next - alpha * logp)  # (B,)
+    error = critics.q(batch.h, mask, batch.action) - target  # (2, B)
+    return (batch.weight * error.square()).mean(1).sum(), error.detach().abs().mean(0)
 
 
-def actor_loss(vla, critics, mask, batch, noise, demonstrated, clone, entropy):
-    """(the actor's loss, the temperature's, mean log-probability); the batch's first `demonstrated` rows are
-    demonstrations, noise is as above, entropy the target for each dimension."""
-    # fmt: off
-    h, action, *_ = batch
-    alpha = critics.log_alpha.exp().detach()
-    mean = vla.mean(h, mask)                                                           # (B, A)
-    a, logp = squashed(mean, vla.log_std, noise)                                       # (B, A), (B,)
-    critics.q.requires_grad_(False)
-    value = critics.q(h, mask, a.clamp(-1, 1)).amin(0)                                 # (B,)
-    critics.q.requires_grad_(True)
-    apart = ((mean - action) / vla.action_std)[:demonstrated]
-    beyond = mean - mean.clamp(-1, 1)  # where the clip lets Q's gradient pass, nothing else would hold the mean
-    loss = (alpha * logp - value).mean() + clone * apart.square().sum() / max(1, apart.numel())
-    loss = loss + beyond.square().mean()
-    return loss, -critics.log_alpha * (logp.detach() + entropy * action.shape[1]).mean(), logp.detach().mean()
-    # fmt: on
+def actor_loss(
+    vla: VLA,
+    critics: SACCritics,
+    mask: torch.Tensor,
+    batch: Batch,
+    noise: torch.Tensor,
+    num_demos: int,
+    how,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (the actor's loss, the temperature's, mean log-probability): Eq. 3 by SAC.
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The buffer
-
-
-class Replay:
-    """Rows of N simulators, in the order in which they were seen. h[t+1] is what decision t led to, also at an
-    episode's end; a row whose decision was not one (it reset the simulator) has priority 0 and is never drawn.
-
-    All of it is kept. Memory is taken as rows are written: 2 M D bytes each.
+    The first `num_demos` rows of the batch are demonstrations. noise (B, A) is standard normal.
     """
-
-    NAMES = ("h", "action", "reward", "term", "trunc")
-
-    def __init__(self, rows, n, tokens, dim, action_dim, device):
-        self.h = torch.empty(rows + 1, n, tokens, dim, dtype=torch.bfloat16, device=device)
-        self.action = torch.zeros(rows, n, action_dim, device=device)
-        self.reward, self.term, self.trunc, self.priority = (torch.zeros(rows, n, device=device) for _ in range(4))
-        self.t = self.written = 0
-
-    def add(self, action, reward, term, trunc, valid, h_after):
-        """Decision t of every simulator and the latents it led to. The first row's own latents are put into h[0]."""
-        t = self.t
-        if t == len(self.reward):
-            raise Refusal("the replay buffer is full: give a larger --env-steps")
-        for name, value in zip(self.NAMES[1:], (action, reward, term, trunc)):
-            getattr(self, name)[t] = value
-        self.h[t + 1] = h_after
-        self.priority[t] = valid * max(1.0, float(self.priority[:t].max())) if t else valid.float()
-        self.t = t + 1
-
-    def sample(self, k, n_step, gamma, exponent, importance, generator):
-        """k decisions by priority (PER 1511.05952): their index, and (h, action, n-step return, discount of what the
-        critic says of h_after, h_after, importance weight). A success ends the future, a time-out only the sum."""
-        p = self.priority[: self.t].flatten().double()  # a GPU's sums of float32 do not only rise
-        p = torch.where(p > 0, p**exponent, 0)  # 0 ** 0 is 1
-        total = p.cumsum(0)
-        draw = (1 - torch.rand(k, generator=generator)).to(p) * total[-1]  # in (0, total]: never what has none
-        i = torch.searchsorted(total, draw).clamp(max=len(p) - 1)
-        weight = ((p > 0).sum() * p[i] / total[-1]).float() ** -importance
-        t, n = i // self.reward.shape[1], i % self.reward.shape[1]
-        ret, discount, going, last = torch.zeros_like(weight), torch.ones_like(weight), torch.ones_like(weight), t
-        for step in range(n_step):
-            ret = ret + going * discount * self.reward[last, n]
-            discount = discount * torch.where(going > 0, gamma * (1 - self.term[last, n]), 1.0)
-            going = going * (1 - torch.maximum(self.term[last, n], self.trunc[last, n])) * (last + 1 < self.t)
-            if step + 1 < n_step:
-                last = last + (going > 0).long()
-        h, after = self.h[t, n].float(), self.h[last + 1, n].float()
-        return i, (h, self.action[t, n], ret, discount, after, weight / weight.max())
-
-    def write(self, folder):
-        """Add the rows since the last time to the folder, a file of their own, and put all priorities into another."""
-        if self.t > self.written:
-            with whole(Path(folder) / "priority.safetensors") as tmp:
-                save_file({"priority": self.priority[: self.t].cpu().clone()}, tmp)
-            part = slice(self.written, self.t)
-            rows = {name: getattr(self, name)[part].cpu().clone() for name in self.NAMES}
-            rows["h_after"] = self.h[self.t].cpu().clone()
-            with whole(Path(folder) / f"replay-{self.written:08d}.safetensors") as tmp:
-                save_file(rows, tmp)
-            self.written = self.t
-
-    def read(self, folder, rows):
-        """The first `rows` rows from the folder; files with later ones, whose state was not saved, are removed."""
-        for path in sorted(Path(folder).glob("replay-*.safetensors")):
-            begin = int(path.stem.split("-")[1])
-            if begin >= rows:
-                path.unlink()
-                continue
-            part, _ = read_tensors(path)
-            end = begin + len(part["reward"])
-            for name in self.NAMES:
-                getattr(self, name)[begin:end] = part[name]
-            self.h[end] = part["h_after"]
-            self.t = self.written = end
-        if self.t:
-            tensors, _ = read_tensors(Path(folder) / "priority.safetensors")
-            self.priority[: self.t] = tensors["priority"][: self.t]
-            # what was going on when the run stopped is over: unseen, as with a time-out
-            self.trunc[self.t - 1] = torch.maximum(self.trunc[self.t - 1], 1 - self.term[self.t - 1])
-
-
-def executed(folder):
-    """The episodes in `folder` whose actions were executed, as open files. Those that a stage 1 records at its end are
-    not: they hold the policy's mean, and what was done was that and noise, so no critic can learn from them."""
-    opened = [open_episode(Path(folder) / f"{k:06d}.safetensors") for k in attempts(folder)]
-    return [episode for episode, header in opened if header.get("executed", "1") == "1"]  # older files do not say
-
-
-def demonstrations(vla, folder, encode):
-    """A Replay of the executed episodes in `folder`, one after the other; None without any: then all is online."""
-    demos, episodes = None, executed(folder)
-    for episode in episodes:
-        reward = torch.from_numpy(episode.get_tensor("reward"))
-        image = episode.get_tensor("image")
-        h = torch.cat([encode(image[t : t + 64]) for t in range(0, len(image), 64)])
-        if demos is None:
-            total = sum(len(e.get_tensor("reward")) for e in episodes)
-            demos = Replay(total, 1, *h.shape[1:], vla.config["action_dim"], h.device)
-        action = torch.from_numpy(episode.get_tensor("action")).to(h.device)
-        for t in range(len(h)):
-            demos.h[demos.t] = h[t]
-            term = reward[t] > 0  # then what follows in the buffer, another episode, is not looked at
-            demos.add(action[t], reward[t], term, 0, torch.ones(1), h[min(t + 1, len(h) - 1)])
-    return demos
+    alpha = critics.log_alpha.exp().detach()
+    mean = vla.mean(batch.h, mask)  # (B, A)
+    a, logp = tanh_gaussian(mean, vla.log_std, noise)  # (B, A), (B,)
+    critics.q.requires_grad_(False)
+    q = critics.q(batch.h, mask, a.clamp(-1, 1)).amin(0)  # (B,)
+    critics.q.requires_grad_(True)
+    bc_error = ((mean - batch.action) / vla.action_std)[:num_demos]
+    # Where the clip lets Q's gradient pass, nothing else would hold the mean.
+    excess = mean - mean.clamp(-1, 1)
+    bc_loss = bc_error.square().sum() / max(1, bc_error.numel())
+    loss = (alpha * logp - q).mean() + how.bc_weight * bc_loss  # Eq. 3
+    loss = loss + excess.square().mean()
+    target_entropy = how.target_entropy * batch.action.shape[1]
+    temperature_loss = -critics.log_alpha * (logp.detach() + target_entropy).mean()
+    return loss, temperature_loss, logp.detach().mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train_sacfd(args, budget, domain, vla, critics, optimizer, stage, counters, recent, keep_best):
-    """SACfD until convergence or the budget's end. Changes phi, the critics, `counters`, `recent` and, by `keep_best`,
-    the best head so far; yields after each hundred rows, when all of them belong together."""
-    device, instruction, how = vla.device, domain.INSTRUCTIONS[args.task], args.sacfd
-    name, size, N = domain.__name__.split(".")[-1], vla.config["image_size"], args.envs
-    actor = optimizer.param_groups[0]["params"]
+def sacfd_step(
+    args, learner: Learner, buffers: tuple, mask: torch.Tensor, trains_actor: bool, generator
+) -> dict:
+    """Take one gradient step of the critics and, if `trains_actor`, of actor and temperature. Return numbers to log.
 
-    @torch.no_grad()
-    def encode(obs):
-        h, _ = vla.encode(obs, [instruction] * len(obs))  # (n, M, D)
-        if not torch.isfinite(h).all():
-            raise Refusal(f"a latent of {args.task} is NaN at step {counters['env_steps']}: the last state is kept")
-        return h.to(torch.bfloat16)
-
-    demos = demonstrations(vla, Path(args.out).parent / "D_rl" / args.task, encode)
-    h, mask = vla.encode(np.zeros((1, size, size, 3), np.uint8), [instruction])  # (1, M, D), (1, M)
-    left = max(0, budget - counters["env_steps"])
-    rows = counters.get("rows", 0) + 2 * (left // N) + 5  # at least every other row of a simulator is a decision
-    sure = rows * N if device.type == "cuda" else left  # a GPU's memory is taken at once, a CPU's as rows are written
-    check_memory(2 * sure * h[0].numel(), device, f"the latents of {left:,} decisions", "give a smaller --env-steps")
-    replay = Replay(rows, N, *h.shape[1:], vla.config["action_dim"], device)
-    replay.read(stage.folder, counters.get("rows", 0))
-
-    fns = [partial(simulator, name, args.task, size)] * N
-    envs = simulators(fns, vla, AutoresetMode.NEXT_STEP)  # rows as in stage_rl.py
-    seed = RL_SEED + 10_000 * args.seed + counters["iteration"]  # a resumed run does not repeat its first episodes
-    bar = tqdm(desc=f"SACfD {args.task}", total=budget, initial=counters["env_steps"], smoothing=0.1, unit="step")
-    over, began_at, owed = torch.zeros(N, device=device), np.full(N, replay.t), 0.0
-    try:
-        obs, _ = envs.reset(seed=[seed + 1000 * i for i in range(N)])
-        if replay.t:  # a row without a decision between what was seen before and now
-            nothing = torch.zeros(N, device=device)
-            replay.add(torch.zeros_like(replay.action[0]), nothing, nothing, nothing, nothing, encode(obs))
-        else:
-            replay.h[0] = encode(obs)
-        while counters["env_steps"] < budget:
-            began, before, stats, t_update = time.time(), counters["env_steps"], [], 0.0
-            generator = torch.Generator().manual_seed(hash((args.seed, counters["iteration"])) & 0x7FFFFFFF)
-            for _ in range(100):
-                # ----------------------------------------------------------------------
-                # one decision in N simulators; while they step, the gradient steps owed for the ones before
-                with torch.no_grad():
-                    noise = torch.randn(N, replay.action.shape[-1], generator=generator).to(device)
-                    h = replay.h[replay.t].float()  # (N, M, D)
-                    action = squashed(vla.mean(h, mask.expand(N, -1)), vla.log_std, noise)[0].clamp(-1, 1)
-                if not torch.isfinite(action).all():
-                    raise Refusal(f"the policy's action is NaN at step {counters['env_steps']}: the last state is kept")
-                envs.step_async(action.cpu().numpy())
-                t = time.time()
-                while owed >= 1 and replay.priority[: replay.t].any():  # none: before the first row, or all faulted
-                    owed -= 1
-                    moves = counters["env_steps"] >= how.warmup and len(stats) % how.actor_every == 0
-                    stats.append(
-                        update(args, vla, critics, optimizer, actor, mask, demos, replay, moves, generator, stage)
-                    )
-                t_update += time.time() - t
-                obs, reward, end, cut, info = envs.step_wait()
-                # ----------------------------------------------------------------------
-                valid = over == 0  # else: this decision only reset the simulator
-                if "executed" in info:
-                    action = torch.as_tensor(np.stack(info["executed"]), dtype=torch.float32, device=device)
-                r, term, trunc = (
-                    torch.as_tensor(x, dtype=torch.float32, device=device) for x in (reward, end, cut & ~end)
-                )
-                replay.add(action, r, term, trunc, valid, encode(obs))
-                over = torch.maximum(term, trunc)
-                faults = info.get("_fault", np.zeros(N, bool))
-                for i in np.flatnonzero(end | cut):
-                    if faults[i]:
-                        tqdm.write(f"not learned from: {info['fault'][i]}")
-                        replay.priority[began_at[i] : replay.t, i] = 0
-                    else:
-                        recent.append(int(end[i]))
-                    began_at[i] = replay.t + 1
-                counters["env_steps"] += int(valid.sum())
-                owed = min(owed + how.utd * int(valid.sum()), how.utd * N + 1)  # after a fault no robot waits for more
-                success = keep_best()
-                if counters["env_steps"] >= budget:
-                    break
-            counters["iteration"] += 1
-            counters["rows"] = replay.t
-            seconds = time.time() - began
-            counters["updates_share"] = round(t_update / seconds, 4)
-            alpha = critics.log_alpha.exp().item()
-            means = {k: float(np.mean([x[k] for x in stats if k in x])) for k in {k for x in stats for k in x}}
-            stage.log(
-                counters["env_steps"], success=success, std=vla.log_std.exp().mean().item(), alpha=alpha, **means,
-                best=counters["best"],
-                steps_per_second=(counters["env_steps"] - before) / seconds, updates_share=counters["updates_share"],
-            )  # fmt: skip
-            bar.update(counters["env_steps"] - bar.n)
-            bar.set_postfix_str(f"success {success:.2f}, best {counters['best']:.2f}, alpha {alpha:.4f}")
-            if stage.due():
-                replay.write(stage.folder)
-            yield
-            if counters["best"] >= args.converged:
-                break
-    finally:
-        bar.close()
-        envs.close(terminate=True)
-
-
-def update(args, vla, critics, optimizer, actor, mask, demos, replay, moves, generator, stage):
-    """One gradient step of the critics and, if the actor `moves`, of actor and temperature. Returns numbers for the
-    log."""
-    how, half = args.sacfd, -(-args.sacfd.batch // 2)
+    buffers: (demonstrations or None, replay buffer).
+    """
+    how = args.sacfd
+    vla = learner.vla
+    critics = learner.critic
+    demos, replay = buffers
+    half = -(-how.batch // 2)
     sources = (demos or replay, replay)
-    drawn = [x.sample(half, how.n_step, args.gamma, how.priority, how.importance, generator) for x in sources]
-    batch = [torch.cat(x) for x in zip(*(rows for _, rows in drawn))]
-    noise = torch.randn(2, *batch[1].shape, generator=generator).to(mask.device)
+    drawn = [source.sample(half, args.gamma, how, generator) for source in sources]
+    parts = [vars(rows).values() for _, rows in drawn]
+    batch = Batch(*(torch.cat(pair) for pair in zip(*parts)))
+    noise = torch.randn(2, *batch.action.shape, generator=generator).to(mask.device)
     mask = mask.expand(2 * half, -1)
     loss, error = critic_loss(vla, critics, mask, batch, noise[0])
     numbers = {"critic_loss": loss.item()}
-    if moves:
-        policy, temperature, logp = actor_loss(
-            vla, critics, mask, batch, noise[1], half if demos else 0, how.clone, how.entropy
+    if trains_actor:
+        num_demos = half if demos else 0
+        policy_loss, temperature_loss, logp = actor_loss(
+            vla, critics, mask, batch, noise[1], num_demos, how
         )
-        loss = loss + policy + temperature
-        numbers |= {"actor_loss": policy.item(), "log_prob": logp.item()}
-    optimizer.zero_grad()  # to None: what has no gradient is left alone
+        loss = loss + policy_loss + temperature_loss
+        numbers |= {"actor_loss": policy_loss.item(), "log_prob": logp.item()}
+    learner.optimizer.zero_grad()  # to None: weights without a gradient are left alone
     loss.backward()
     if not torch.isfinite(loss):
-        raise Refusal(f"SACfD's loss is NaN: delete {stage.folder} and give a smaller --sacfd.lr")
-    if moves:
-        numbers["grad_norm"] = float(nn.utils.clip_grad_norm_(actor, 1.0))
-    optimizer.step()
-    critics.follow(how.tau)
+        raise UserError(
+            f"SACfD's loss is NaN: delete {learner.stage.folder}, then lower the learning rate of SACfD"
+        )
+    if trains_actor:
+        numbers["grad_norm"] = float(nn.utils.clip_grad_norm_(learner.actor_params, MAX_GRAD_NORM))
+    learner.optimizer.step()
+    critics.soft_update(how.tau)
     with torch.no_grad():
         vla.log_std.clamp_(-4, 0)
-    for x, (i, _), e in zip(sources, drawn, error.split(half)):
-        x.priority.view(-1)[i] = e + 1e-3
+    for source, (i, _), e in zip(sources, drawn, error.split(half)):
+        source.priority.view(-1)[i] = e + 1e-3
     return numbers
+
+
+class Actor:
+    """The environments of SACfD, and the rows that they add to the replay buffer."""
+
+    def __init__(self, args, learner: Learner, domain, budget: int):
+        self.vla = learner.vla
+        self.learner = learner
+        self.instruction = domain.INSTRUCTIONS[args.task]
+        vla = self.vla
+        counters = learner.counters
+        device = vla.device
+        size = vla.config["image_size"]
+        N = args.envs
+        d_rl = learner.stage.out.parent / "D_rl" / args.task
+        self.demos = load_demonstrations(vla, d_rl, self.encode)
+        # (1, M, D), (1, M)
+        h, self.mask = vla.encode(np.zeros((1, size, size, 3), np.uint8), [self.instruction])
+        left = max(0, budget - counters["env_steps"])
+        # At most every other row of an environment is a reset.
+        rows = counters.get("rows", 0) + 2 * (left // N) + 5
+        certain = rows * N if device.type == "cuda" else left  # a GPU's memory is taken at once
+        what = f"the latents of {left:,} environment steps"
+        check_memory(2 * certain * h[0].numel(), device, what, "use a smaller --env-steps")
+        self.replay = Replay(rows, N, h.shape[1:], vla.config["action_dim"], device)
+        self.replay.read(learner.stage.folder, counters.get("rows", 0))
+
+        # Rows are laid out as in stage_rl.py's Rollout.
+        make = partial(domain.make, args.task, size)
+        self.envs = make_policy_envs([make] * N, vla, AutoresetMode.NEXT_STEP)
+        self.done = torch.zeros(N, device=device)
+        self.began = np.full(N, self.replay.t)  # first row of each running episode
+        # A resumed run does not repeat its first episodes.
+        seed = RL_SEED + 10_000 * args.seed + counters["iteration"]
+        obs, _ = self.envs.reset(seed=[seed + 1000 * i for i in range(N)])
+        if self.replay.t:  # an empty row separates the resumed rows from the new ones
+            nothing = torch.zeros(N, device=device)
+            no_action = torch.zeros_like(self.replay.action[0])
+            self.replay.add(no_action, nothing, nothing, nothing, nothing, self.encode(obs))
+        else:
+            self.replay.h[0] = self.encode(obs)
+
+    @torch.no_grad()
+    def encode(self, obs: np.ndarray) -> torch.Tensor:
+        """Return the latents (n, M, D) bfloat16 of n images."""
+        h, _ = self.vla.encode(obs, [self.instruction] * len(obs))
+        if not torch.isfinite(h).all():
+            raise UserError("a latent is NaN: the last saved state is kept; train the parent again")
+        return h.to(torch.bfloat16)
+
+    @torch.no_grad()
+    def start_step(self, generator: torch.Generator) -> torch.Tensor:
+        """Draw an action (N, A) for each environment and start its step."""
+        replay = self.replay
+        N, A = replay.action.shape[1:]
+        noise = torch.randn(N, A, generator=generator).to(replay.h.device)
+        h = replay.h[replay.t].float()  # (N, M, D)
+        mean = self.vla.mean(h, self.mask.expand(N, -1))
+        action = tanh_gaussian(mean, self.vla.log_std, noise)[0].clamp(-1, 1)
+        if not torch.isfinite(action).all():
+            raise UserError(
+                "the policy's action is NaN: the last saved state is kept; use a smaller --sacfd.lr"
+            )
+        self.envs.step_async(action.cpu().numpy())
+        return action
+
+    def finish_step(self, action: torch.Tensor) -> tuple[int, bool]:
+        """Store what the actions led to. Return (environment steps made, whether an episode ended)."""
+        replay = self.replay
+        obs, reward, terminated, truncated, info = self.envs.step_wait()
+        valid = self.done == 0  # else the step only reset its environment
+        if "executed" in info:
+            action = torch.as_tensor(np.stack(info["executed"])).to(replay.action)
+        success = torch.as_tensor(terminated).to(replay.reward)
+        time_out = torch.as_tensor(truncated & ~terminated).to(replay.reward)
+        replay.add(
+            action,
+            torch.as_tensor(reward).to(replay.reward),
+            success,
+            time_out,
+            valid,
+            self.encode(obs),
+        )
+        self.done = torch.maximum(success, time_out)
+        ended = np.flatnonzero(terminated | truncated)
+        faulted = info.get("_fault", np.zeros(len(terminated), bool))
+        for i in ended:
+            if faulted[i]:
+                tqdm.write(f"episode discarded: {info['fault'][i]}")
+                replay.priority[self.began[i] : replay.t, i] = 0
+            else:
+                self.learner.recent.append(int(terminated[i]))
+            self.began[i] = replay.t + 1
+        return int(valid.sum()), len(ended) > 0
+
+    def save(self) -> None:
+        """Save the rows and the learner's state together."""
+        self.replay.write(self.learner.stage.folder)
+        self.learner.counters["rows"] = self.replay.t
+        self.learner.save()
+
+    def close(self) -> None:
+        """End the environments' processes."""
+        self.envs.close()
+
+
+def record_zero_shot(args, domain, learner: Learner) -> None:
+    """Record the missing demonstrations: successes of the policy that stage 1 starts from."""
+    counters = learner.counters
+    folder = learner.stage.out.parent / "D_rl" / args.task
+    if "first_demo" not in counters:
+        counters["first_demo"] = max(episode_ids(folder), default=-1) + 1
+        counters["lacking"] = max(0, args.sacfd.num_demos - len(executed_episodes(folder)))
+        learner.save()
+    recording = OnlineRecording(
+        domain, args.task, folder, args.envs, exploring_policy(learner.vla), executed=True
+    )
+    successes, attempts, env_steps = record_successes(
+        learner.vla, recording, counters["first_demo"], counters["lacking"]
+    )
+    if attempts:
+        print(
+            f"demonstrations: {successes} zero-shot successes of {attempts} attempts, "
+            f"{env_steps} environment steps, in {folder}"
+        )
+    counters["env_steps"] += env_steps
+    counters["demonstrated"] = True
+    learner.save()
+
+
+def train(args, learner: Learner, actor: Actor, budget: int, save_episodes: bool) -> None:
+    """Run SACfD until it has converged or its budget is spent. Resumes from the learner's counters.
+
+    save_episodes: whether to save at the end of every episode, because an operator has to reset the
+    scene for each.
+    """
+    how = args.sacfd
+    stage = learner.stage
+    counters = learner.counters
+    buffers = (actor.demos, actor.replay)
+    owed = 0.0  # gradient steps still due at the update-to-data ratio
+    bar = tqdm(
+        desc=f"SACfD {args.task}",
+        total=budget,
+        initial=counters["env_steps"],
+        smoothing=0.1,
+        unit="step",
+    )
+    while counters["env_steps"] < budget and counters["best"] < args.converged:
+        began = time.time()
+        steps_before = counters["env_steps"]
+        stats = []
+        update_seconds = 0.0
+        generator = torch.Generator().manual_seed(
+            hash((args.seed, counters["iteration"])) & 0x7FFFFFFF
+        )
+        for _ in range(ROWS_PER_ITERATION):
+            action = actor.start_step(generator)
+            # While the environments step: the gradient steps owed for the steps before.
+            update_began = time.time()
+            # None: no row yet, or all faulted.
+            while owed >= 1 and actor.replay.priority[: actor.replay.t].any():
+                owed -= 1
+                trains_actor = (
+                    counters["env_steps"] >= how.warmup and len(stats) % how.actor_every == 0
+                )
+                stats.append(
+                    sacfd_step(args, learner, buffers, actor.mask, trains_actor, generator)
+                )
+            update_seconds += time.time() - update_began
+            steps, ended = actor.finish_step(action)
+            counters["env_steps"] += steps
+            # After a fault no robot waits for more.
+            owed = min(owed + how.utd * steps, how.utd * args.envs + 1)
+            success = learner.track_best()
+            if ended and save_episodes:
+                actor.save()
+            if counters["env_steps"] >= budget:
+                break
+        counters["iteration"] += 1
+        counters["rows"] = actor.replay.t
+        seconds = time.time() - began
+        counters["updates_share"] = round(update_seconds / seconds, 4)
+        alpha = learner.critic.log_alpha.exp().item()
+        names = {name for row in stats for name in row}
+        means = {
+            name: float(np.mean([row[name] for row in stats if name in row])) for name in names
+        }
+        stage.log(
+            counters["env_steps"],
+            success=success,
+            std=learner.vla.log_std.exp().mean().item(),
+            alpha=alpha,
+            best=counters["best"],
+            steps_per_second=(counters["env_steps"] - steps_before) / seconds,
+            updates_share=counters["updates_share"],
+            **means,
+        )
+        bar.update(counters["env_steps"] - bar.n)
+        bar.set_postfix_str(
+            f"success {success:.2f}, best {counters['best']:.2f}, alpha {alpha:.4f}"
+        )
+        if stage.should_save():
+            actor.save()
+    bar.close()
+
+
+def main(args) -> None:
+    """Stage 1 by SACfD. args: stage_rl.Args."""
+    domain = load_domain(args.domain)
+    if args.std <= 0:
+        raise UserError(f"--std must be > 0, because RL explores (got {args.std})")
+    if args.train_vlm:
+        raise UserError(
+            "--train-vlm needs --algo ppo: SACfD's buffer holds latents, which are valid only while theta is"
+        )
+    budget = ENV_STEPS if args.env_steps is None else args.env_steps
+    # Not compared on resume, so an operator can rerun with a smaller budget to finish early.
+    stage = Stage(args, unused=["env_steps"])
+    device = pick_device(args.device)
+    torch.set_num_threads(1)  # the environments share the cores
+    torch.manual_seed(args.seed)
+    if skip_if_done(stage, domain, args, device, args.envs):
+        return
+
+    # --- theta frozen, phi and new critics
+    vla = VLA.load(args.parent, args.domain, device)
+    set_trainable(vla.vlm.parameters(), False)
+    vla.log_std.data.fill_(np.log(args.std))
+    critics = SACCritics(
+        vla.head.mlp[0].in_features, vla.config["action_dim"], args.sacfd.alpha
+    ).to(device)
+    learner = Learner(stage, vla, critics, args.sacfd.lr, args.sacfd.critic_lr)
+    counters = learner.counters
+    instruction = domain.INSTRUCTIONS[args.task]
+    print(f"stage 1: Eq. 3 on {args.task} ({instruction!r}) | {describe(vla)}, theta frozen")
+
+    # --- demonstrations, then RL until it has converged or its budget is spent
+    if not counters["iteration"] and "demonstrated" not in counters:
+        record_zero_shot(args, domain, learner)
+    if not counters["finished"]:
+        real = bool(domain.real_robot()) if hasattr(domain, "real_robot") else False
+        with contextlib.closing(Actor(args, learner, domain, budget)) as actor:
+            try:
+                train(args, learner, actor, budget, save_episodes=real)
+            except (KeyboardInterrupt, SystemExit, UserError):
+                if learner.is_finite():
+                    actor.save()  # on a robot, the rows since the last save are a person's work
+                raise
+        learner.finish_training()
+
+    # --- the successes of the best head: D_rl
+    successes = learner.record_d_rl(args, domain)
+    learner.finish_stage(args, successes)
+    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All the tests and the style check, from nothing: makes .venv if need be. Arguments go to pytest, e.g. -k gae -n 0.
+# All tests and the style check. Makes .venv on first use. Arguments go to pytest, e.g. -k gae -n 0.
 set -euo pipefail
 cd "$(dirname "$0")"
-source venv.sh
+REQUIREMENTS="requirements.txt requirements-dev.txt" source tools/setup.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m pytest -n 2 --dist worksteal "$@"

@@ -1,76 +1,82 @@
-"""What keeping the latents is worth: PPO's update on stored h beside one that encodes the pictures again.
+"""Compare PPO's update on stored latents with one that encodes the images again.
 
-Both sides do the same minibatches of head and critic on the same pictures of an expert task; "theirs" encodes a
-minibatch's pictures each time it is visited, as PPO through the VLM has to. They take turns; medians. Writes
-results/benchmarks/latents.json.
+    python -m benchmarks.latents --checkpoint runs/metaworld-seed0/0-sft
 
-python benchmarks/latents.py --checkpoint runs/metaworld-seed0/0-sft
+Both sides run the same minibatches of head and critic on the same images of an expert task.
+"theirs" encodes a minibatch's images each time it is visited, as PPO through the VLM has to. The
+sides take turns; the numbers are medians. Writes results/benchmarks/latents.json.
 """
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import stage_rl
+from benchmarks._ppo import StoredRollout, make_learner, ppo_args
+from benchmarks._turns import row, save_rows, take_turns
+from common.errors import run_cli
+from data import EpisodeDataset
+from domains import load_domain
+from model import VLA, set_trainable
 
-import stage_rl  # noqa: E402
-from benchmarks._turns import in_turns, keep, row  # noqa: E402
-from data import Episodes  # noqa: E402
-from domains import load_domain  # noqa: E402
-from model import VLA, Head  # noqa: E402
+NUM_ENVS = 16
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint folder")
-    parser.add_argument("--data", default="runs/D_e", help="where the expert episodes are")
-    parser.add_argument("--decisions", type=int, default=2048, help="decisions of a rollout")
-    parser.add_argument("--minibatch", type=int, default=512)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=5, help="updates timed on each side")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     vla = VLA.load(args.checkpoint)
+    set_trainable(vla.vlm.parameters(), False)
     domain = load_domain(vla.config["domain"])
     task = domain.EXPERT_TASKS[0]
-    data = Episodes({Path(args.data) / vla.config["domain"] / task: 1.0}, domain, vla.config["image_size"])
-    images, sentences, _ = data.batch(np.random.default_rng(0), args.decisions)
-    critic = Head(vla.head.mlp[0].in_features, 1)
-    optimizer = torch.optim.Adam(
-        [{"params": [*vla.phi(), vla.log_std]}, {"params": list(critic.parameters())}], lr=1e-5, eps=1e-5, fused=True
-    )
+    folder = Path(args.data) / domain.NAME / task
+    data = EpisodeDataset({folder: 1.0}, domain, vla.config["image_size"])
+    T = args.env_steps // NUM_ENVS
+    images, _, _ = data.batch(np.random.default_rng(0), (T + 1) * NUM_ENVS)
+    instruction = domain.INSTRUCTIONS[task]
 
-    @torch.no_grad()
-    def encode(b):
-        h, mask = vla.encode(images[b], [sentences[0]] * len(b))
-        return h.to(torch.bfloat16), mask[:1]
-
-    h, mask = (torch.cat(x) for x in zip(*[encode(b) for b in np.arange(args.decisions).reshape(-1, 64)]))
-    mask = mask[:1]
-    advantage, target = torch.randn(args.decisions), torch.randn(args.decisions)
+    encoded = []
     with torch.no_grad():
-        action, logp = vla.explore(h.float(), mask, torch.Generator().manual_seed(0))
+        for begin in range(0, len(images), 64):
+            h, mask = vla.encode(
+                images[begin : begin + 64], [instruction] * len(images[begin : begin + 64])
+            )
+            encoded.append(h.bfloat16())
+    h = torch.cat(encoded).unflatten(0, (T + 1, NUM_ENVS))
+    rollout = StoredRollout(vla, h, mask[:1])
+    rollout.images = images.reshape(T + 1, NUM_ENVS, *images.shape[1:])
+    rollout.instruction = instruction
+    learner = make_learner(vla, h.shape[-1])
+    generator = torch.Generator().manual_seed(0)
 
-    settings = stage_rl.Args(
-        task="", parent="", out="", epochs=args.epochs, minibatch=args.minibatch, target_kl=float("inf")
+    def update(train_vlm: bool) -> None:
+        settings = ppo_args(epochs=args.epochs, minibatch=args.minibatch, train_vlm=train_vlm)
+        stage_rl.update(settings, learner, rollout, False, generator)
+
+    sides = {"ours": partial(update, False), "theirs": partial(update, True)}
+    seconds = take_turns(sides, args.rounds)
+    measurement = (
+        f"PPO update, {args.epochs} epochs over {T * NUM_ENVS} steps, seconds; theirs encodes again"
     )
-    flat = {"h": h, "action": action, "logp": logp, "advantage": advantage, "target": target}
-    rows, generator = torch.arange(args.decisions), torch.Generator()
-
-    def update(again=None):
-        stage_rl.ppo_update(settings, vla, critic, optimizer, flat, rows, mask, False, generator, None, again)
-
-    sides = {"ours": update, "theirs": lambda: update(lambda b: encode(b.numpy())[0])}
-    ours, theirs = in_turns(sides, args.rounds).values()
-    what = f"PPO update, {args.epochs} epochs over {args.decisions} decisions, seconds; theirs encodes again"
-    keep("latents", {what: row(ours, theirs, theirs / ours)})
+    ratio = seconds["theirs"] / seconds["ours"]
+    save_rows("latents", {measurement: row(seconds["ours"], seconds["theirs"], ratio)})
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint folder")
+    parser.add_argument("--data", default="runs/D_e", help="folder of the expert episodes")
+    parser.add_argument(
+        "--env-steps", type=int, default=2048, help=f"a rollout's steps, a multiple of {NUM_ENVS}"
+    )
+    parser.add_argument(
+        "--minibatch", type=int, default=512, help="environment steps per gradient step"
+    )
+    parser.add_argument("--epochs", type=int, default=5, help="passes over a rollout")
+    parser.add_argument("--rounds", type=int, default=5, help="updates timed on each side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    run_cli(main, parser.parse_args())

@@ -1,87 +1,125 @@
-"""Stage 1 at the paper's size, in seconds a decision, beside the VLM's bare forward pass over one picture a decision.
+"""Compare stage 1 at the paper's size with the VLM's bare forward pass, in seconds per environment step.
 
-Ours is `train` of stage_rl.py whole: simulators, each picture through the VLM once, the policy, PPO's epochs on the
-latents. Theirs is `VLA.encode` on pictures in memory and nothing else, at the batch size that is fastest. The VLM has
-blip2-opt-2.7b's configuration and random weights. They take turns; medians. A simulator's reset costs a picture that is
-no decision, so few of them are made. Writes results/benchmarks/rl.json.
+    python -m benchmarks.rl                            blip2-opt-2.7b's configuration: 7.5 GB of disk, 12 GB of memory
+    python -m benchmarks.rl --tiny --envs 16 --rollout 128
 
-python benchmarks/rl.py                            blip2-opt-2.7b's configuration: 7.5 GB of disk, 12 GB of memory
-python benchmarks/rl.py --tiny --envs 16 --rollout 128
+Ours is an iteration of stage_rl.py: environments, each image through the VLM once, the policy,
+PPO's epochs on the latents. Theirs is `VLA.encode` on one image per environment step from memory
+and nothing else, at the fastest batch size. The VLM has blip2-opt-2.7b's configuration and random
+weights. The sides take turns; the numbers are medians. An environment's reset costs an image
+without an environment step, so only few environments are made.
+
+Writes results/benchmarks/rl.json.
 """
 
 import argparse
-import sys
 import tempfile
 import time
-from collections import deque
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from test_full_size import build  # noqa: E402  writes blip2-opt-2.7b's configuration with random weights
+import stage_rl
+from benchmarks._full_size import build_full_size
+from benchmarks._ppo import make_learner
+from benchmarks._turns import ROOT, row, save_rows, take_turns
+from common.backbone import build_tiny
+from common.devices import cpu_threads
+from common.errors import run_cli
+from domains import load_domain
+from model import VLA, VLAConfig, set_trainable
 
-import stage_rl  # noqa: E402
-from benchmarks._turns import in_turns, keep, row  # noqa: E402
-from domains import load_domain  # noqa: E402
-from model import VLA, Head, build_tiny, freeze  # noqa: E402
-
-TASK, SIZE, A = "drawer-open", 64, 4
+TASK = "drawer-open"
+IMAGE_SIZE = 64
+ACTION_DIM = 4
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="the tiny configuration instead of blip2-opt-2.7b's")
-    parser.add_argument("--envs", type=int, default=4)
-    parser.add_argument("--rollout", type=int, default=4, help="decisions of each simulator in an iteration")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="batch sizes of the bare pass")
-    parser.add_argument("--rounds", type=int, default=5, help="iterations timed on each side")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    domain = load_domain("metaworld")
-    sentence, n = domain.INSTRUCTIONS[TASK], args.envs * args.rollout
-
+def make_vla(tiny: bool, instruction: str) -> VLA:
+    """Return a VLA with random weights of which only the head is trained."""
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        build_tiny(f"{folder}/vlm", [sentence], SIZE) if args.tiny else build(f"{folder}/vlm")
-        dtype = "float32" if args.tiny else "bfloat16"
-        vla = VLA.create(f"{folder}/vlm", [], A, "metaworld", SIZE, 32, "language", dtype, folder)
-    freeze(vla.vlm.parameters())
+        if tiny:
+            build_tiny(f"{folder}/vlm", [instruction], IMAGE_SIZE)
+        else:
+            build_full_size(f"{folder}/vlm")
+        config = VLAConfig(
+            vlm=f"{folder}/vlm",
+            domain="metaworld",
+            action_dim=ACTION_DIM,
+            image_size=IMAGE_SIZE,
+            dtype="float32" if tiny else "bfloat16",
+            lora_targets="language",
+        )
+        vla = VLA.create(config, [], folder)
+    set_trainable(vla.vlm.parameters(), False)
     vla.log_std.data.fill_(np.log(0.25))
-    critic, actor = Head(vla.head.mlp[0].in_features, 1), [*vla.phi(), vla.log_std]
-    optimizer = torch.optim.Adam(
-        [{"params": actor, "lr": 1e-4}, {"params": list(critic.parameters()), "lr": 1e-3}], eps=1e-5, fused=True
-    )
+    return vla
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    domain = load_domain("metaworld")
+    instruction = domain.INSTRUCTIONS[TASK]
+    n = args.envs * args.rollout
+    vla = make_vla(args.tiny, instruction)
+    learner = make_learner(vla, vla.head.mlp[0].in_features, lr=1e-4, critic_lr=1e-3)
     settings = stage_rl.Args(
-        task=TASK, parent="", out="", envs=args.envs, rollout=args.rollout, warmup=0, threads=args.threads
+        task=TASK,
+        parent="",
+        out="",
+        envs=args.envs,
+        rollout=args.rollout,
+        threads=args.threads,
+        warmup=0,
     )
-    counters, stage = {"iteration": 0, "env_steps": 0, "best": -1.0}, SimpleNamespace(folder="", log=lambda *_, **__: 0)
-    run = stage_rl.train(
-        settings, 10**9, domain, vla, critic, optimizer, stage, counters, deque(maxlen=100), lambda: 0.0
-    )
-    images = np.random.default_rng(0).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
+    generator = torch.Generator().manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (n, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
 
     @torch.no_grad()
-    def bare(batch):
-        torch.set_num_threads(args.threads)
-        for i in range(0, n, batch):
-            vla.encode(images[i : i + batch], [sentence] * len(images[i : i + batch]))
-        torch.set_num_threads(1)
+    def encode_all(batch: int) -> None:
+        with cpu_threads(args.threads):
+            for begin in range(0, n, batch):
+                part = images[begin : begin + batch]
+                vla.encode(part, [instruction] * len(part))
 
     began = time.time()
-    next(run)  # the simulators' start
-    print(f"the first iteration: {time.time() - began:.0f} s")
-    sides = {"ours": lambda: next(run)} | {b: lambda b=b: bare(b) for b in args.batches if b <= n}
-    seconds = {side: s / n for side, s in in_turns(sides, args.rounds).items()}
-    run.close()
-    ours, best = seconds.pop("ours"), min(seconds, key=seconds.get)
+    rollout = stage_rl.Rollout(settings, vla, domain, 0)
+    print(f"start of the environments: {time.time() - began:.0f} s")
+
+    def iteration() -> None:
+        with cpu_threads(rollout.threads):
+            rollout.collect(generator)
+        with cpu_threads(args.threads):
+            stage_rl.update(settings, learner, rollout, False, generator)
+
+    sides = {"ours": iteration}
+    for batch in args.batches:
+        if batch <= n:
+            sides[batch] = partial(encode_all, batch)
+    seconds = {side: s / n for side, s in take_turns(sides, args.rounds).items()}
+    rollout.close()
+    ours = seconds.pop("ours")
+    best = min(seconds, key=seconds.get)
     size = "1.2 M weights" if args.tiny else "blip2-opt-2.7b's size"
-    what = f"stage 1, s a decision ({size}, {args.envs} simulators; theirs in batches of {best})"
-    keep("rl", {what: row(ours, seconds[best], ours / seconds[best])})
+    measurement = f"stage 1, s per environment step ({size}, {args.envs} environments; theirs in batches of {best})"
+    save_rows("rl", {measurement: row(ours, seconds[best], ours / seconds[best])})
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="the tiny configuration instead of blip2-opt-2.7b's"
+    )
+    parser.add_argument("--envs", type=int, default=4, help="environments, a process each")
+    parser.add_argument(
+        "--rollout", type=int, default=4, help="steps of each environment in an iteration"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 2, 4], help="batch sizes of the bare pass"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="iterations timed on each side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    run_cli(main, parser.parse_args())

@@ -1,101 +1,140 @@
-"""What a large pre-trained VLM needs: frozen outputs computed once, smaller parts of a batch, memory that is known."""
+"""For a large pre-trained VLM: frozen outputs computed once, smaller parts of a batch, memory that is known."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_vla, refused, warm_python, write_d_e
+from conftest import (
+    episode_info,
+    make_vla,
+    one_sentence,
+    randomise,
+    refused,
+    warm_python,
+    write_d_e,
+)
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_model import randomise
 
-import data
-from data import write_episode
-from model import VLA, freeze
-from run import Stage
+from common.episode_file import write_episode
+from common.runs import Stage
+from common.token_cache import use_token_cache, vision_weights
+from model import VLA, set_trainable
 from stage0_sft import Args, sft_gradient
 
 ARGS = dict(lora_targets="language", dtype="bfloat16")
 
 
 def frozen_vla(folder, backbone, **changes):
-    """A VLA as the SFT stages train it: LoRA that does something, all else frozen."""
+    """Return a VLA as the SFT stages train it: LoRA that does something, all else frozen."""
     torch.manual_seed(0)
     vla = make_vla(folder, backbone, **{**ARGS, **changes})
-    freeze(vla.parameters())
-    freeze(vla.theta() + vla.phi(), False)
+    set_trainable(vla.parameters(), False)
+    set_trainable(vla.theta() + vla.phi(), True)
     randomise(vla.theta())
     return vla
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Counts the images that pass the image side."""
-    seen, image_tokens = [], VLA.image_tokens
-    monkeypatch.setattr(VLA, "image_tokens", lambda vla, x: (seen.extend([1] * len(x)), image_tokens(vla, x))[1])
-    return lambda: [len(seen), seen.clear()][0]
+    """A function that returns the number of images that have passed the vision side since its last call."""
+    seen = []
+    image_tokens = VLA.image_tokens
+
+    def counting(vla, images):
+        seen.extend(images)
+        return image_tokens(vla, images)
+
+    def count():
+        n = len(seen)
+        seen.clear()
+        return n
+
+    monkeypatch.setattr(VLA, "image_tokens", counting)
+    return count
 
 
-def test_cache_gives_the_same_latents_and_is_made_once(backbone, tmp_path, toy, counted):
-    """The latents of cached images are those of the images; a second stage, from the checkpoint, computes only the
-    sample that it checks; a damaged file and one of an episode recorded anew are made again."""
-    vla, episodes = frozen_vla(tmp_path / "vla", backbone), write_d_e(tmp_path / "D_e", toy)
-    plain, cached = episodes(), episodes()
-    cached.cache(vla)
+def cache(dataset, vla):
+    """Use the token cache for a data set, and return the data set."""
+    use_token_cache(dataset, vla)
+    return dataset
+
+
+def test_cache_gives_the_same_latents_and_is_made_once(backbone, tmp_path, bead, counted):
+    """The latents of cached images equal those of the images, and are computed once.
+
+    A second stage, from the checkpoint, computes only the sample that it checks. A damaged file, and one of an episode
+    that was recorded again, are replaced.
+    """
+    vla = frozen_vla(tmp_path / "vla", backbone)
+    episodes = write_d_e(tmp_path / "D_e", bead)
+    plain = episodes()
+    cached = cache(episodes(), vla)
     assert counted() == len(plain) == 30
-    images, sentences, action = plain.batch(np.random.default_rng(1), 16)
+    images, instructions, action = plain.batch(np.random.default_rng(1), 16)
     tokens, *same = cached.batch(np.random.default_rng(1), 16)
-    assert tokens.dtype == torch.bfloat16 and same[0] == sentences and np.array_equal(same[1], action)
+    assert (
+        tokens.dtype == torch.bfloat16
+        and same[0] == instructions
+        and np.array_equal(same[1], action)
+    )
     with torch.no_grad():
-        want, mask = vla.encode(images, sentences)
-        h, _ = vla.language(tokens, sentences)
+        want, mask = vla.encode(images, instructions)
+        h, _ = vla.language(tokens, instructions)
         torch.testing.assert_close(h[mask], want[mask], atol=0.05, rtol=0.05)
         assert (h - want)[mask].float().norm() < 0.01 * want[mask].float().norm()
-        torch.testing.assert_close(vla(tokens, sentences), vla(images, sentences), atol=0.02, rtol=0.02)
+        torch.testing.assert_close(
+            vla(tokens, instructions), vla(images, instructions), atol=0.02, rtol=0.02
+        )
 
     vla.save(tmp_path / "0-sft")
     vla = VLA.load(tmp_path / "0-sft")
-    freeze(vla.image_side().values())
+    set_trainable(vision_weights(vla).values(), False)
     files = sorted((tmp_path / "D_e").glob("*/.tokens-*/*"))
     assert len(files) == 6
-    (counted(), episodes().cache(vla))
+    counted()
+    cache(episodes(), vla)
     assert counted() <= 8
     whole = files[2].read_bytes()
     files[2].write_bytes(whole[:-9])
-    episode = load_file(path := files[4].parent.parent / files[4].name)
-    (counted(), episodes().cache(vla))
+    path = files[4].parent.parent / files[4].name
+    episode = load_file(path)
+    counted()
+    cache(episodes(), vla)
     assert 5 <= counted() <= 8 + 5 and files[2].read_bytes() == whole
     write_episode(
-        path, 255 - episode["image"], episode["action"], episode["reward"], domain="toy", task="green",
-        instruction=toy.INSTRUCTIONS["green"], source="expert", seed=0, protocol=toy.PROTOCOL,
-    )  # fmt: skip
+        path, 255 - episode["image"], episode["action"], episode["reward"], episode_info("green")
+    )
     before = load_file(files[4])["q"]
-    episodes().cache(vla)
+    cache(episodes(), vla)
     assert (load_file(files[4])["q"] - before).abs().max() > 0.1
 
 
-def test_cache_is_never_of_another_vlm(backbone, tmp_path, toy):
-    """Other weights use another folder; files that say something else, and LoRA in what is cached, are refused."""
-    vla, episodes = frozen_vla(tmp_path / "vla", backbone), write_d_e(tmp_path / "D_e", toy)
-    episodes().cache(vla)
-    first, *_ = sorted(tmp_path.glob("D_e/red/.tokens-*/*"))
+def test_cache_is_never_of_another_vlm(backbone, tmp_path, bead):
+    """Other weights use another folder. Files of other tokens, and LoRA in the vision side, are refused."""
+    vla = frozen_vla(tmp_path / "vla", backbone)
+    episodes = write_d_e(tmp_path / "D_e", bead)
+    cache(episodes(), vla)
     with torch.no_grad():
-        vla.image_side()["qformer.layernorm.weight"].mul_(1.5)
-    episodes().cache(vla)
+        vision_weights(vla)["qformer.layernorm.weight"].mul_(1.5)
+    cache(episodes(), vla)
     assert len(list(tmp_path.glob("D_e/red/.tokens-*"))) == 2
     for path in tmp_path.glob("D_e/*/.tokens-*/*"):  # as if another had written them under this key
-        with data.safe_open(path, "pt") as f:
+        with safe_open(path, "pt") as f:
             about = f.metadata()
         save_file({"q": load_file(path)["q"].roll(1, 1)}, path, about)
-    said = refused(episodes().cache, vla)
-    assert ".tokens-" in said and "delete" in said
-    said = refused(episodes().cache, frozen_vla(tmp_path / "all", backbone, lora_targets="all"))
-    assert "--lora-targets language" in said
+    sentence = refused(cache, episodes(), vla)
+    assert ".tokens-" in sentence and "delete" in sentence
+    sentence = refused(
+        cache, episodes(), frozen_vla(tmp_path / "all", backbone, lora_targets="all")
+    )
+    assert "--lora-targets language" in sentence
 
 
 @pytest.mark.parametrize("accumulate", [3, 8, 100])
 def test_parts_of_a_batch_have_its_gradient(backbone, tmp_path, accumulate):
-    """Any number of parts, unequal ones too, gives one batch's loss and gradient."""
+    """Any number of parts, unequal ones too, has one batch's loss and gradient."""
     vla = frozen_vla(tmp_path, backbone, dtype="float32")
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     batch = images, ["push", "push the red bead"] * 4, torch.rand(8, 2), vla.action_std
@@ -115,7 +154,7 @@ def gradient(vla, *arguments):
 
 @pytest.mark.parametrize("lora_targets", ["language", "all"])
 def test_checkpointing_keeps_less_and_changes_nothing(backbone, tmp_path, lora_targets):
-    """The loss and the gradient are the same; what the forward pass keeps for the backward pass is a fraction."""
+    """Loss and gradient are the same. The forward pass keeps a fraction of the memory for the backward pass."""
     vla = frozen_vla(tmp_path, backbone, lora_targets=lora_targets)
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     batch, kept = (images, ["push", "push the red bead"] * 2, torch.rand(4, 2), vla.action_std), {}
@@ -132,7 +171,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(backbone, tmp_path, lora_t
         return grads, loss, sum(size for place, size in kept.items() if place not in weights)
 
     want, loss, much = run()
-    vla.checkpoint_layers()
+    vla.enable_gradient_checkpointing()
     grads, same, little = run()
     assert len(want) == len(grads) > 20 and torch.equal(same, loss)
     assert all(torch.equal(a, b) for a, b in zip(grads, want))
@@ -140,8 +179,10 @@ def test_checkpointing_keeps_less_and_changes_nothing(backbone, tmp_path, lora_t
 
 
 def test_frozen_weights_are_bfloat16_and_lora_float32(backbone, tmp_path):
-    """A pre-trained VLM in bfloat16: created, and loaded for stage 1, its frozen weights are bfloat16, the only copy;
-    what is trained is float32."""
+    """A pre-trained VLM in bfloat16: frozen weights are bfloat16, the only copy, and trained ones are float32.
+
+    This holds if it is created, and if it is loaded for stage 1.
+    """
     vla = make_vla(tmp_path, backbone, **ARGS)
     vla.save(tmp_path / "saved")
     for v in (vla, VLA.load(tmp_path / "saved")):
@@ -149,59 +190,72 @@ def test_frozen_weights_are_bfloat16_and_lora_float32(backbone, tmp_path):
         assert {p.dtype for p in v.theta() + v.phi()} == {torch.float32}
         assert {p.dtype for p in v.vlm.parameters() if id(p) not in trained} == {torch.bfloat16}
         frozen = sum(p.numel() for p in v.vlm.parameters() if id(p) not in trained)
-        assert frozen == sum(p.numel() for p in make_vla(tmp_path, backbone).vlm.parameters() if not p.requires_grad)
+        assert frozen == sum(
+            p.numel() for p in make_vla(tmp_path, backbone).vlm.parameters() if not p.requires_grad
+        )
 
 
-def test_torchrun_caches_accumulates_and_checkpoints(backbone, project, toy):
-    """Two processes with all three flags: loss and gradient of one that has but the cache, to rounding. Stage 2 goes on
-    with the same files."""
+def test_torchrun_caches_accumulates_and_checkpoints(backbone, project, bead):
+    """Two processes with all three flags: loss and gradient of one process that only caches, to rounding.
+
+    Stage 2 uses the same files.
+    """
     runs, root = project.folder / "runs/economy", project.folder / "runs/D_e-economy"
-    write_d_e(root / "toy", toy)
+    write_d_e(root / "bead", bead)
     command = [
-        "stage0_sft.py", "--domain", "toy", "--data", root, "--demos", "3", "--image-size", "32", "--batch", "16",
+        "stage0_sft.py", "--domain", "bead", "--data", root, "--demos", "3", "--image-size", "32", "--batch", "16",
         "--steps", "8", "--episodes", "0", "--threads", "1", "--vlm", backbone, "--lora-targets", "language",
         "--dtype", "float32", "--cache", "--lr", "1e-2",
     ]  # fmt: skip
-    two = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    project.must(*two, warm_python(), *command, "--out", runs / "two", "--accumulate", "3", "--checkpointing")
-    assert len(list(root.glob("toy/*/.tokens-*/*.safetensors"))) == 6
+    two = [
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+    ]
+    project.must(
+        *two, warm_python(), *command, "--out", runs / "two", "--accumulate", "3", "--checkpointing"
+    )
+    assert len(list(root.glob("bead/*/.tokens-*/*.safetensors"))) == 6
     project.must("python", *command, "--out", runs / "one")
     one, other = (json.loads((runs / name / "log.jsonl").read_text()) for name in ("one", "two"))
     np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)  # of the 8 steps
     np.testing.assert_allclose(other["grad_norm"], one["grad_norm"], rtol=1e-2)  # of the last
     project.must(
-        "python", "stage_sft.py", "--domain", "toy", "--data", root, "--parent", runs / "two", "--out", runs / "1-sft",
+        "python", "stage_sft.py", "--domain", "bead", "--data", root, "--parent", runs / "two", "--out", runs / "1-sft",
         "--batch", "16", "--steps", "2", "--episodes", "0", "--threads", "1", "--cache", "--accumulate", "2",
         "--checkpointing",
     )  # fmt: skip
-    assert len(list(root.glob("toy/*/.tokens-*/*.safetensors"))) == 6
+    assert len(list(root.glob("bead/*/.tokens-*/*.safetensors"))) == 6
 
 
-def test_memory_flags_may_change_when_a_stage_goes_on(tmp_path):
-    """A stage that ran out of memory goes on with --accumulate; one from before --cache existed goes on without it."""
+def test_memory_flags_may_change_when_a_stage_resumes(tmp_path):
+    """A stage that ran out of memory resumes with --accumulate. One from before --cache existed resumes without it."""
     out = str(tmp_path / "0-sft")
-    Stage(Args("toy", out)).save({}, {})
+    Stage(Args("bead", out)).save({}, {})
     record = tmp_path / ".0-sft.partial/stage.json"
     value = json.loads(record.read_text())
     del value["args"]["cache"]
     record.write_text(json.dumps(value))
-    Stage(Args("toy", out, accumulate=8, checkpointing=True))
-    assert "cache" in refused(Stage, Args("toy", out, cache=True))
+    Stage(Args("bead", out, accumulate=8, checkpointing=True))
+    assert "cache" in refused(Stage, Args("bead", out, cache=True))
 
 
 @pytest.mark.parametrize(
     "algo, large, remedies",
     [
         ("ppo", ["--rollout", "2000000000"], ["--rollout", "--envs"]),
-        ("sacfd", ["--env-steps", "2000000000", "--sacfd.demos", "0"], ["--env-steps"]),
+        ("sacfd", ["--env-steps", "2000000000", "--sacfd.num-demos", "0"], ["--env-steps"]),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(project, checkpoint, algo, large, remedies):
-    """One sentence says how large the stored latents would be, and what to make smaller."""
-    code, _, err = project.run(
-        "python", "stage_rl.py", "--domain", "toy", "--task", "blue", "--parent", checkpoint, "--envs", "1",
+    """One sentence names the size of the stored latents and the flags that reduce it."""
+    result = project.run(
+        "python", "stage_rl.py", "--domain", "bead", "--task", "blue", "--parent", checkpoint, "--envs", "1",
         "--out", project.folder / f"runs/large-{algo}/1-rl", "--algo", algo, *large,
     )  # fmt: skip
-    assert code == 1 and "Traceback" not in err
-    said = err.splitlines()[-1]
-    assert "GB" in said and all(flag in said for flag in remedies)
+    sentence = one_sentence(result)
+    assert "GB" in sentence and all(flag in sentence for flag in remedies)

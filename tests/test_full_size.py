@@ -8,76 +8,65 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_vla
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerFast
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from plan import paper_config
+from benchmarks._full_size import build_full_size as build  # noqa: F401  run by its name
+from model import VLA, describe, log_prob
+from stage0_sft import sft_loss
+from stage_rl import ppo_loss
 
 GIGABYTES = 14
 
 
-def build(folder):
-    """blip2-opt-2.7b with random bfloat16 weights, in HF's layout, never held in float32."""
-    with torch.device("meta"):
-        vlm = Blip2ForConditionalGeneration(paper_config())
-    vlm = vlm.to(torch.bfloat16).to_empty(device="cpu")
-    vlm.tie_weights()
-    with torch.no_grad():
-        for name, p in vlm.named_parameters():
-            p.fill_(1.0) if "norm" in name and name.endswith("weight") else p.normal_(std=0.02)
-        for name, buffer in vlm.named_buffers():
-            buffer.copy_(torch.arange(buffer.shape[-1])) if "position_ids" in name else buffer.zero_()
-    vlm.save_pretrained(folder, max_shard_size="2GB")
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "open": 2, "the": 3, "drawer": 4}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
-    BlipImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(folder)
-
-
 def through_every_step(folder):
-    """create, encode, a head update on cached latents, a LoRA step, save, load, act again."""
-    from model import VLA, log_prob
-    from stage0_sft import sft_loss
-    from stage_rl import ppo_losses
-
+    """Create, encode, update the head on stored latents, make a LoRA step, save, load and act again."""
     images = np.random.default_rng(0).integers(0, 256, (2, 84, 84, 3), np.uint8)
-    sentences, generator = ["open the drawer", "open"], torch.Generator().manual_seed(0)
-    size = dict(action_dim=4, image_size=84, lora_rank=32, lora_targets="language", dtype="bfloat16")
+    instructions = ["open the drawer", "open"]
+    generator = torch.Generator().manual_seed(0)
+    size = {
+        "action_dim": 4,
+        "image_size": 84,
+        "lora_rank": 32,
+        "lora_targets": "language",
+        "dtype": "bfloat16",
+    }
     vla = make_vla(f"{folder}/new", f"{folder}/vlm", **size)
-    print(f"parameters: {sum(p.numel() for p in vla.vlm.parameters()) / 1e9:.2f} G, LoRA "
-          f"{sum(p.numel() for p in vla.theta()) / 1e6:.1f} M")  # fmt: skip
+    print(describe(vla))
     with torch.no_grad():
-        vla.encode(images[:1], sentences[:1])
+        vla.encode(images[:1], instructions[:1])
         began = time.time()
-        h, mask = vla.encode(images, sentences)
-        print(f"encode: {(time.time() - began) / 2:.2f} seconds per image, batch 2, {torch.get_num_threads()} threads")
+        h, mask = vla.encode(images, instructions)
+        print(
+            f"encode: {(time.time() - began) / 2:.2f} seconds per image, batch 2, {torch.get_num_threads()} threads"
+        )
         old = vla.explore(h.float(), mask, generator)
     assert h.shape == (2, 32 + 3, 2560) and torch.isfinite(h).all()
 
-    optimizer = torch.optim.Adam(vla.phi(), lr=1e-3)  # stage 1: the head alone, on the cached latents
+    optimizer = torch.optim.Adam(vla.phi(), lr=1e-3)  # stage 1: the head alone, on stored latents
     before = vla.mean(h.float(), mask).detach()
     new = log_prob(old[0], vla.mean(h.float(), mask), vla.log_std)
-    ppo_losses(new, old[1], torch.tensor([1.0, -1.0]), new, new, 0.2)[0].backward()
+    ppo_loss(new, old[1], torch.tensor([1.0, -1.0]), 0.2)[0].backward()
     optimizer.step()
     assert not torch.equal(vla.mean(h.float(), mask), before)
     assert all(p.grad is None for p in vla.vlm.parameters())
 
     optimizer = torch.optim.AdamW(vla.theta() + vla.phi(), lr=1e-3)  # stages 0 and 2
     began = time.time()
-    loss = sft_loss(vla, images[:1], sentences[:1], torch.full((1, 4), 0.3), vla.action_std)
+    loss = sft_loss(vla, images[:1], instructions[:1], torch.full((1, 4), 0.3), vla.action_std)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     print(f"LoRA step: {time.time() - began:.1f} seconds, batch 1")
     with torch.no_grad():
-        want = vla.act(*vla.encode(images, sentences))
-        assert sft_loss(vla, images[:1], sentences[:1], torch.full((1, 4), 0.3), vla.action_std) < loss
+        want = vla.act(*vla.encode(images, instructions))
+        assert (
+            sft_loss(vla, images[:1], instructions[:1], torch.full((1, 4), 0.3), vla.action_std)
+            < loss
+        )
     vla.save(f"{folder}/saved")
     del vla, optimizer, loss
     with torch.no_grad():
         loaded = VLA.load(f"{folder}/saved")
-        assert torch.equal(loaded.act(*loaded.encode(images, sentences)), want)
+        assert torch.equal(loaded.act(*loaded.encode(images, instructions)), want)
 
 
 @pytest.mark.slow
@@ -91,7 +80,9 @@ def test_full_size(tmp_path):
             f"test_full_size.{step}({str(tmp_path / 'vlm' if step == 'build' else tmp_path)!r})\n"
             f"print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 'GB')"
         )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         print(f"\n{step}\n{done.stdout}")
         peak = float(done.stdout.split("peak ")[1].split()[0])

@@ -1,4 +1,4 @@
-"""SFT learns what it is shown, from file to simulator, and goes on after a kill as if nothing had happened."""
+"""SFT learns its data, from file to environment, and resumes after a kill as if nothing had happened."""
 
 import json
 import signal
@@ -7,44 +7,52 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import files, kill, warm_python, write_d_e
+from conftest import command, files, kill, one_sentence, warm_python, write_d_e
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from data import attempts, open_episode
+from common.augment import augment, draw_augmentation
+from common.episode_file import episode_ids, open_episode
+from common.vector_env import run_episodes
 from domains import metaworld
-from evaluate import play
+from evaluate import greedy
 from model import VLA
-from stage0_sft import augment, draw_augmentation
 
 ONE = """
 from domains.metaworld import *
 from domains.metaworld import INSTRUCTIONS
+NAME = "one"
 EXPERT_TASKS, RL_TASKS, UNSEEN_TASKS = ["button-press"], [], []
 INSTRUCTIONS = {"button-press": INSTRUCTIONS["button-press"]}
 """
 
 
 def test_sft_replays_the_episode_that_it_has_learned(project):
-    """One real expert episode, overfitted by stage 0, lets the greedy policy press the same button in the simulator."""
+    """One real expert episode, overfitted by stage 0, lets the greedy policy press the same button."""
     (project.folder / "domains/one.py").write_text(ONE)
-    out, data = project.folder / "runs/one/0-sft", project.folder / "runs/D_e-one"
-    project.must(
-        "python", "stage0_sft.py", "--domain", "one", "--data", data, "--out", out, "--demos", "1", "--noise", "0",
-        "--kicks", "0", "--steps", "600", "--batch", "16", "--lr", "1e-3", "--no-augment", "--episodes", "0",
-        "--threads", "1",
-    )  # fmt: skip
+    out = project.folder / "runs/one/0-sft"
+    data = project.folder / "runs/D_e-one"
+    flags = {
+        "demos": 1,
+        "action_noise_std": 0,
+        "random_burst_prob": 0,
+        "steps": 600,
+        "batch": 16,
+        "lr": 1e-3,
+    }
+    flags |= {"augment": False, "episodes": 0, "threads": 1}
+    project.must(*command("stage0_sft.py", domain="one", data=data, out=out, **flags))
     losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.05 < 0.5 < losses[0]  # in units of the actions' variance
-    (k,) = attempts(data / "one/button-press")
+    (k,) = episode_ids(data / "one/button-press")
     seed = int(open_episode(data / f"one/button-press/{k:06d}.safetensors")[1]["seed"])
     vla = VLA.load(out)
-    (episode,) = play(vla, metaworld, {"button-press": [seed]}, 1, lambda h, mask, ids: (a := vla.act(h, mask), a))
+    (episode,) = run_episodes(vla, metaworld, {"button-press": [seed]}, 1, greedy(vla))
     assert episode["success"] and episode["seed"] == seed
 
 
 def saved_step(out):
-    """The step that an unfinished stage has saved, 0 before the first."""
+    """Return the step that an unfinished stage has saved, 0 before the first."""
     path = out.with_name(f".{out.name}.partial") / "state.safetensors"
     if not path.exists():
         return 0
@@ -53,22 +61,50 @@ def saved_step(out):
 
 
 @pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
-def test_killed_sft_goes_on_bit_for_bit(stage, project, checkpoint, toy):
-    """SIGKILL after a saved state and the same command again give the weights and the log of an undisturbed run."""
+def test_killed_sft_resumes_bit_for_bit(stage, project, checkpoint, bead):
+    """SIGKILL after a saved state, then the same command: the weights and the log of an undisturbed run."""
     data, runs, steps = project.folder / "runs/D_e-resume", project.folder / "runs" / stage, 120
-    common = ["--domain", "toy", "--data", data, "--batch", "8", "--episodes", "0", "--threads", "1"]
-    first = ["python", "stage0_sft.py", *common, "--demos", "3", "--image-size", "32", "--dtype", "float32"]
-    whole, killed = runs / "whole", runs / "killed"
-    write_d_e(data / "toy", toy)
-    command = first if stage == "stage0_sft" else ["python", "stage_sft.py", *common, "--parent", checkpoint]
-    command += ["--steps", steps]
-    project.must(*command, "--out", whole)
-    process = project.start(*command, "--out", killed, python=warm_python(), STATE_EVERY="0")
+    common = [
+        "--domain",
+        "bead",
+        "--data",
+        data,
+        "--batch",
+        "8",
+        "--episodes",
+        "0",
+        "--threads",
+        "1",
+    ]
+    first = [
+        "python",
+        "stage0_sft.py",
+        *common,
+        "--demos",
+        "3",
+        "--image-size",
+        "32",
+        "--dtype",
+        "float32",
+    ]
+    whole = runs / "whole"
+    killed = runs / "killed"
+    write_d_e(data / "bead", bead)
+    words = (
+        first
+        if stage == "stage0_sft"
+        else ["python", "stage_sft.py", *common, "--parent", checkpoint]
+    )
+    words += ["--steps", steps]
+    project.must(*words, "--out", whole)
+    process = project.start(*words, "--out", killed, python=warm_python(), SAVE_INTERVAL="0")
     while (step := saved_step(killed)) < 7 and process.poll() is None:
         time.sleep(0.02)
     kill(process, signal.SIGKILL).communicate()
-    assert step >= 7 and saved_step(killed) < 100 and not killed.exists()  # it was killed in the middle
-    project.must(*command, "--out", killed)
+    assert (
+        step >= 7 and saved_step(killed) < 100 and not killed.exists()
+    )  # it was killed in the middle
+    project.must(*words, "--out", killed)
     a, b = files(whole), files(killed)
     assert a["heads.safetensors"] == b["heads.safetensors"]
     assert a["vlm/model.safetensors"] == b["vlm/model.safetensors"]
@@ -78,21 +114,24 @@ def test_killed_sft_goes_on_bit_for_bit(stage, project, checkpoint, toy):
     assert not [name for name in b if "tmp" in name or "state" in name]
 
 
-def test_nan_loss_stops_sft_and_says_how_to_go_on(project, toy):
-    """A learning rate that explodes ends the stage with one sentence, no finished folder, and a way out that works."""
-    data, out = project.folder / "runs/D_e-explodes", project.folder / "runs/explodes/0-sft"
-    write_d_e(data / "toy", toy)
-    command = ["python", "stage0_sft.py", "--domain", "toy", "--data", data, "--out", out, "--demos", "1"]
-    command += ["--image-size", "32", "--steps", "20", "--batch", "8", "--episodes", "0", "--threads", "1"]
-    code, _, err = project.run(*command, "--lr", "1e30")
-    assert code == 1 and "Traceback" not in err and "nan" in (said := err.splitlines()[-1]).lower() and "--lr" in said
+def test_nan_loss_stops_sft_and_names_the_way_out(project, bead):
+    """A learning rate that explodes ends the stage with one sentence, no finished folder, and a remedy that works."""
+    data = project.folder / "runs/D_e-explodes"
+    out = project.folder / "runs/explodes/0-sft"
+    write_d_e(data / "bead", bead)
+    flags = {"demos": 1, "image_size": 32, "steps": 20, "batch": 8, "episodes": 0, "threads": 1}
+    stage0 = command("stage0_sft.py", domain="bead", data=data, out=out, **flags)
+    sentence = one_sentence(project.run(*stage0, "--lr", "1e30"))
+    assert "nan" in sentence.lower() and "smaller --lr" in sentence and ".0-sft.partial" in sentence
     assert not out.exists()
-    project.must(*command, "--lr", "1e-4")  # what the sentence says to do
+    project.must(*stage0, "--lr", "1e-4")  # nothing was saved, so nothing has to be deleted
 
 
 def test_augment_keeps_views_apart_and_changes_each_image_by_its_own_numbers():
-    """Without colours and patches a black view above a white one stays so; half of the images keep their colours; what
-    is hidden is a few patches; equal numbers give equal images, and two processes do to their halves what one does."""
+    """Views are augmented apart, half of the images keep their colours, and a few patches are hidden.
+
+    Equal numbers make equal images, and two processes change their halves as one process does.
+    """
     views = np.zeros((300, 16, 12, 3), np.uint8)
     views[:, 8:] = (200, 100, 50)
     before, drawn = views.copy(), draw_augmentation(300, 2, np.random.default_rng(1))
@@ -102,7 +141,9 @@ def test_augment_keeps_views_apart_and_changes_each_image_by_its_own_numbers():
     recoloured = augment(views, [zoom, shift, colour, corner, 0 * size, patch])
     same = (recoloured == views).all((1, 2, 3))
     assert 110 < same.sum() < 190 and (recoloured[:, :8] == 0).all()
-    hidden = (augment(views, [zoom, shift, plain, corner, size, patch]) != views).any(-1).mean((1, 2))
+    hidden = (
+        (augment(views, [zoom, shift, plain, corner, size, patch]) != views).any(-1).mean((1, 2))
+    )
     assert 0.005 < hidden.mean() < 0.05 and hidden.max() < 0.2
     out = augment(views, drawn)
     assert np.array_equal(views, before) and out.shape == views.shape and out.dtype == np.uint8
@@ -112,12 +153,12 @@ def test_augment_keeps_views_apart_and_changes_each_image_by_its_own_numbers():
 
 
 def test_augment_stretches_about_the_middle():
-    """A ramp of brightness gets steeper or flatter by exp(zoom) and keeps its middle, but for the shift."""
+    """A ramp of brightness gets steeper or flatter by exp(zoom). Its middle moves by the shift alone."""
     ramp = np.tile(np.arange(40, 72, dtype=np.uint8)[None, None, :, None], (64, 16, 1, 3))
     zoom, shift, colour, corner, size, patch = draw_augmentation(64, 1, np.random.default_rng(2))
-    out = augment(ramp, [zoom, shift, torch.eye(3).expand_as(colour), corner, 0 * size, patch])[:, 8, 8:24, 0].astype(
-        float
-    )
+    out = augment(ramp, [zoom, shift, torch.eye(3).expand_as(colour), corner, 0 * size, patch])[
+        :, 8, 8:24, 0
+    ].astype(float)
     steep = (out[:, -1] - out[:, 0]) / 15
     assert np.corrcoef(steep, zoom[:, 0, 0].exp())[0, 1] > 0.9
     middle = out.mean(1) - 55.5
@@ -125,31 +166,50 @@ def test_augment_stretches_about_the_middle():
 
 
 @pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
-def test_two_processes_train_as_one_does(project, checkpoint, toy, stage):
-    """torchrun with two gloo processes: the loss curve and the weights of one process with the same global batch, to
-    rounding; stopped, and gone on with by one process, too."""
+def test_two_processes_train_as_one_does(project, checkpoint, bead, stage):
+    """torchrun with two gloo processes: one process's loss curve and weights with the same global batch, to rounding.
+
+    The same holds if they are stopped and one process resumes.
+    """
     runs, data = project.folder / f"runs/ranks-{stage}", project.folder / f"runs/D_e-ranks-{stage}"
-    common = ["--domain", "toy", "--data", data, "--batch", "16", "--episodes", "0", "--threads", "1", "--steps", "20"]
-    write_d_e(data / "toy", toy)
+    common = [
+        "--domain",
+        "bead",
+        "--data",
+        data,
+        "--batch",
+        "16",
+        "--episodes",
+        "0",
+        "--threads",
+        "1",
+        "--steps",
+        "20",
+    ]
+    write_d_e(data / "bead", bead)
     first = ["stage0_sft.py", *common, "--demos", "3", "--image-size", "32", "--dtype", "float32"]
     command = first if stage == "stage0_sft" else ["stage_sft.py", *common, "--parent", checkpoint]
     run = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two, warm = [*run, *command], [*run, "--no-python", warm_python(), *command]
     project.must("python", *command, "--out", runs / "one")
     project.must(*warm, "--out", runs / "two")
-    process = project.start(*two, "--out", runs / "resumed", STATE_EVERY="0")
+    process = project.start(*two, "--out", runs / "resumed", SAVE_INTERVAL="0")
     while saved_step(runs / "resumed") < 3 and process.poll() is None:
         time.sleep(0.02)
-    kill(process, signal.SIGTERM).wait()  # not SIGKILL: torchrun would leave its processes running
+    kill(process, signal.SIGTERM).wait()  # after SIGKILL torchrun's processes would go on
     assert 3 <= saved_step(runs / "resumed") < 20 and not (runs / "resumed").exists()
     project.must("python", *command, "--out", runs / "resumed")
     log, heads = {}, {}
     for name in ("one", "two", "resumed"):
-        log[name] = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
+        log[name] = [
+            json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()
+        ]
         heads[name] = load_file(runs / name / "heads.safetensors")
     for name in ("two", "resumed"):
-        assert [row["step"] for row in log[name]] == [row["step"] for row in log["one"]] and log[name]
-        if name == "two":  # the other one's line is of the steps since it went on
+        assert [row["step"] for row in log[name]] == [row["step"] for row in log["one"]] and log[
+            name
+        ]
+        if name == "two":  # the other one's line covers the steps since it resumed
             np.testing.assert_allclose(log[name][0]["loss"], log["one"][0]["loss"], rtol=1e-3)
         for key, value in heads["one"].items():
             torch.testing.assert_close(heads[name][key], value, atol=5e-3, rtol=5e-2)

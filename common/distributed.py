@@ -1,0 +1,81 @@
+"""Several processes of one SFT stage, as torchrun starts them."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+
+from common.errors import UserError
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = 10  # seconds of waiting before it is reported
+
+
+def launched_world_size() -> int:
+    """Return how many processes a launcher has started, by its variables. Raises UserError if some are missing."""
+    value = os.environ.get("WORLD_SIZE", "").strip()
+    if value in ("", "1"):
+        return 1
+    missing = [name for name in LAUNCHER_VARIABLES if not os.environ.get(name)]
+    if missing or not value.isdecimal():
+        lacking = f", but {', '.join(missing)} is not" if missing else ""
+        raise UserError(
+            f"WORLD_SIZE={value} is set{lacking}: unset it, or start the stage with torchrun, which sets them all"
+        )
+    return int(value)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return (this process's rank, number of processes): torchrun's, else (0, 1)."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    world = launched_world_size()
+    if world == 1:
+        return 0, 1
+    timeout = timedelta(days=1)  # the others wait while rank 0 records D_e
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with report_waiting(world):
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def require_one_process(script: str) -> None:
+    """Raise UserError if a launcher has started several processes of a stage that is one process by design."""
+    world = launched_world_size()
+    if world > 1:
+        raise UserError(
+            f"{script} runs as one process, but WORLD_SIZE={world}: start it with python, not torchrun"
+        )
+
+
+@contextlib.contextmanager
+def report_waiting(world: int) -> Iterator[None]:
+    """Print a line if the other processes keep this one waiting."""
+    message = f"rank {os.environ['RANK']}: waiting for {world - 1} other process(es)"
+    timer = threading.Timer(PATIENCE, print, [message], {"flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    _, world = rank_and_world_size()
+    if world > 1:
+        with report_waiting(world):
+            torch.distributed.barrier()
+
+
+def mean_over_ranks(x: torch.Tensor) -> float:
+    """Return the mean of a scalar tensor over all processes."""
+    _, world = rank_and_world_size()
+    if world > 1:
+        x = x.detach().clone()
+        torch.distributed.all_reduce(x)
+    return x.item() / world

@@ -1,0 +1,7 @@
+"""Environment variables that libraries read when they are imported. Imported before torch."""
+
+import os
+
+# torch's CPU threads wait for each other asleep, not spinning. With one core taken by another
+# program, spinning makes two threads ten times slower (results/experiments.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

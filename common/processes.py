@@ -1,0 +1,51 @@
+"""Worker processes: forked from a server that has imported the domain, and neither torch nor the stage's script."""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest.mock import patch
+
+from common.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SHARED_MEMORY_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS)
+
+
+def preload_in_workers(*modules: str) -> None:
+    """Name the modules that the fork server imports once, so that its workers need not."""
+    multiprocessing.set_forkserver_preload(list(modules))
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """Start worker processes in here: they find this project, and do not import this process's script, hence torch.
+
+    Raises UserError if the shared memory that processes communicate through cannot be used.
+    """
+    # The server is a `python -c`, which would import from the current folder first: a user's own
+    # domains/, for example.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    main = vars(sys.modules["__main__"])
+    script = main.pop("__file__", None)
+    try:
+        with patch.dict(os.environ, PYTHONSAFEPATH="1", PYTHONPATH=path):
+            forkserver.ensure_running()
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise UserError("worker processes do not start: their own error is above") from error
+    except OSError as error:
+        if error.errno in SHARED_MEMORY_ERRORS:
+            raise UserError(
+                f"no shared memory for worker processes ({error.strerror}): free space in /dev/shm and in "
+                f"{tempfile.gettempdir()}, and make them writable; a container needs a larger --shm-size"
+            ) from error
+        raise
+    finally:
+        if script is not None:
+            main["__file__"] = script
