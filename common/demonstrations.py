@@ -155,7 +155,6 @@ def collect_demonstrations(
 
 def stop_pool(pool: ProcessPoolExecutor) -> None:
     """End the worker processes at once, also in the middle of an episode: files are written atomically."""
-    workers = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for worker in workers:
+    for worker in list((pool._processes or {}).values()):
         worker.kill()
+    pool.shutdown()  # pending work then ends as broken; to cancel it too makes Python 3.11 print a traceback

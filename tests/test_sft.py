@@ -43,7 +43,7 @@ def test_sft_replays_the_episode_that_it_has_learned(project):
     flags |= {"augment": False, "episodes": 0, "threads": 1}
     project.must(*command("stage0_sft.py", domain="one", data=data, out=out, **flags))
     losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.05 < 0.5 < losses[0]  # in units of the actions' variance
+    assert losses[-1] < 0.05 < 0.3 < losses[0]  # in units of the actions' variance
     (k,) = episode_ids(data / "one/button-press")
     seed = int(open_episode(data / f"one/button-press/{k:06d}.safetensors")[1]["seed"])
     vla = VLA.load(out)
