@@ -136,10 +136,9 @@ def collect_demonstrations(
                 jobs += [(task, k) for k in numbers]
                 tried[task] = until
             with starting_workers():  # a submission may start processes
-                results = pool.map(
-                    record_attempt, [recording] * len(jobs), *zip(*jobs), chunksize=5
-                )
-            for task in results:
+                attempts = [pool.submit(record_attempt, recording, task, k) for task, k in jobs]
+            for attempt in attempts:
+                task = attempt.result()
                 n = len(episode_ids(root / task))
                 bar.update(n - have[task])
                 have[task] = n
