@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Algorithm 1 of the paper: stage 0 once, then for each new task stage 1 (RL of the head) and stage 2 (SFT of everything).
 #
-#   bash loop.sh toy                   every stage in three minutes, on a toy domain
+#   bash loop.sh toy                   every stage in three to four minutes, on a toy domain
 #   bash loop.sh metaworld             one round for each RL task of Meta-World
 #   bash loop.sh metaworld 4           four rounds; round i takes the i-th RL task
 #   bash loop.sh kitchen               Franka Kitchen
