@@ -49,7 +49,7 @@ from common.rates import COMMON_PROTOCOL, all_tasks, check_task, summary, wilson
 from common.runs import POSITIVE_ARGS, Stage, check_integers, checkpoint_config
 from common.vector_env import NAN_ACTION, run_episodes
 from common.versions import versions
-from domains import load_domain
+from domains import load_domain, robot_reason
 from model import VLA, local_checkpoint
 
 VIDEO_FPS = 20
@@ -60,7 +60,7 @@ VIDEO_FPS = 20
 
 def only_simulated(domain: ModuleType, what: str) -> None:
     """Raise UserError if the domain's environments are a real robot: there is one of it, with people near it."""
-    reason = domain.real_robot() if hasattr(domain, "real_robot") else ""
+    reason = robot_reason(domain)
     if reason:
         raise UserError(
             f"{reason}, but {what} is for simulated robots: unset it, or see docs/real_robot.md"

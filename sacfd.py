@@ -46,7 +46,7 @@ from common.replay import Batch, Replay, load_demonstrations
 from common.rl_learner import Learner
 from common.runs import Stage
 from common.vector_env import Policy, make_policy_envs
-from domains import load_domain
+from domains import load_domain, robot_reason
 from evaluate import evaluate_stage, skip_if_done
 from model import VLA, TokenLearner, describe, set_trainable
 
@@ -433,8 +433,6 @@ def train(args, learner: Learner, actor: Actor, budget: int, save_episodes: bool
 def main(args) -> None:
     """Stage 1 by SACfD. args: stage_rl.Args."""
     domain = load_domain(args.domain)
-    if args.std <= 0:
-        raise UserError(f"--std must be > 0, because RL explores (got {args.std})")
     if args.train_vlm:
         raise UserError(
             "--train-vlm needs --algo ppo: SACfD's buffer holds latents, which are valid only while theta is"
@@ -464,10 +462,9 @@ def main(args) -> None:
     if not counters["iteration"] and "demonstrated" not in counters:
         record_zero_shot(args, domain, learner)
     if not counters["finished"]:
-        real = bool(domain.real_robot()) if hasattr(domain, "real_robot") else False
         with contextlib.closing(Actor(args, learner, domain, budget)) as actor:
             try:
-                train(args, learner, actor, budget, save_episodes=real)
+                train(args, learner, actor, budget, save_episodes=bool(robot_reason(domain)))
             except (KeyboardInterrupt, SystemExit, UserError):
                 if learner.is_finite():
                     actor.save()  # on a robot, the rows since the last save are a person's work

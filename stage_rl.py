@@ -348,24 +348,19 @@ def update(
 # The stage
 
 
-def check_args(args: Args) -> None:
-    """Raise UserError for values that PPO cannot use."""
-    if args.std <= 0:
-        raise UserError(f"--std must be > 0, because RL explores (got {args.std})")
-    if args.rollout < 4:
-        raise UserError(
-            f"--rollout must be at least 4, for the std of its advantages (got {args.rollout})"
-        )
-
-
 def main(args: Args) -> None:
     require_one_process("stage_rl.py")
     args.domain = args.domain or checkpoint_config(args.parent)["domain"]
     domain = load_domain(args.domain)
     check_task(args.task, domain)
+    if args.std <= 0:
+        raise UserError(f"--std must be > 0, because RL explores (got {args.std})")
     if (args.algo or domain.RL_ALGORITHM) == "sacfd":
         return sacfd.main(args)
-    check_args(args)
+    if args.rollout < 4:
+        raise UserError(
+            f"--rollout must be at least 4, for the std of its advantages (got {args.rollout})"
+        )
     budget = ENV_STEPS if args.env_steps is None else args.env_steps
     stage = Stage(args, unused=["sacfd"])
     device = pick_device(args.device)

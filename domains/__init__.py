@@ -54,3 +54,8 @@ def load_domain(name: str) -> ModuleType:
     check_installed(domain.PROTOCOL)
     preload_in_workers("common.episode_worker", domain.__name__)
     return domain
+
+
+def robot_reason(domain: ModuleType) -> str:
+    """Return why the domain's environments are a real robot's, or "" if they are simulated."""
+    return domain.real_robot() if hasattr(domain, "real_robot") else ""

@@ -57,7 +57,7 @@ from common.episode_file import episode_ids
 from common.errors import UserError, run_cli
 from common.files import read_json
 from common.rates import all_tasks, splits
-from domains import load_domain
+from domains import load_domain, robot_reason
 from report import stage_order
 from tools.costs import VLACosts, measure_speed, vla_costs, weights_are_here
 
@@ -250,7 +250,7 @@ def measure_env(domain: ModuleType, image_size: int) -> tuple[int, int, float]:
     env = domain.make(domain.RL_TASKS[0], image_size)
     try:
         A = env.action_space.shape[0]
-        if hasattr(domain, "real_robot") and domain.real_robot():
+        if robot_reason(domain):
             return A, 0, 0.0
         rng = np.random.default_rng(0)
         env.reset(seed=0)
