@@ -43,7 +43,7 @@ from common.episode_file import RL_SEED, episode_ids, executed_episodes
 from common.errors import UserError
 from common.recording import OnlineRecording, record_successes, step_noise
 from common.replay import Batch, Replay, load_demonstrations
-from common.rl_learner import Learner
+from common.rl_learner import Learner, seeded_generator
 from common.runs import Stage
 from common.vector_env import Policy, make_policy_envs
 from domains import load_domain, robot_reason
@@ -376,9 +376,7 @@ def train(args, learner: Learner, actor: Actor, budget: int, save_episodes: bool
         steps_before = counters["env_steps"]
         stats = []
         update_seconds = 0.0
-        generator = torch.Generator().manual_seed(
-            hash((args.seed, counters["iteration"])) & 0x7FFFFFFF
-        )
+        generator = seeded_generator(args.seed, counters["iteration"])
         for _ in range(ROWS_PER_ITERATION):
             action = actor.start_step(generator)
             # While the environments step: the gradient steps owed for the steps before.

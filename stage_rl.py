@@ -104,7 +104,7 @@ from common.episode_file import RL_SEED
 from common.errors import UserError, run_cli
 from common.instruction_fallback import instruction_fallback
 from common.rates import check_task
-from common.rl_learner import Learner
+from common.rl_learner import Learner, seeded_generator
 from common.runs import Stage, checkpoint_config
 from common.vector_env import make_policy_envs
 from domains import load_domain
@@ -396,9 +396,7 @@ def main(args: Args) -> None:
             update_seconds = 0.0
             while counters["env_steps"] < budget and counters["best"] < args.converged:
                 began = time.time()
-                generator = torch.Generator().manual_seed(
-                    hash((args.seed, counters["iteration"])) & 0x7FFFFFFF
-                )
+                generator = seeded_generator(args.seed, counters["iteration"])
                 with cpu_threads(rollout.threads):
                     recent.extend(rollout.collect(generator))
                 steps = int(rollout.valid.sum())

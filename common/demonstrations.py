@@ -124,9 +124,10 @@ def collect_demonstrations(
     with starting_workers():
         pool = ProcessPoolExecutor(num_workers, context, ignore_interrupt)
     try:
-        while recording.lacking(domain.EXPERT_TASKS, num_demos):
+        lacking = recording.lacking(domain.EXPERT_TASKS, num_demos)
+        while lacking:
             jobs = []
-            for task in recording.lacking(domain.EXPERT_TASKS, num_demos):
+            for task in lacking:
                 numbers, until = next_attempts(root, task, tried[task], num_demos)
                 if until > MAX_ATTEMPTS * num_demos:
                     raise UserError(
@@ -142,6 +143,7 @@ def collect_demonstrations(
                 n = len(episode_ids(root / task))
                 bar.update(n - have[task])
                 have[task] = n
+            lacking = recording.lacking(domain.EXPERT_TASKS, num_demos)
     except BrokenProcessPool as error:
         raise UserError(
             "a process that records demonstrations ended without an error of its own above: it was "

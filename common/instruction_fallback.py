@@ -13,8 +13,7 @@ import torch
 from tqdm import tqdm
 
 from common.episode_file import FALLBACK_SEED
-from common.recording import noisy_policy
-from common.rl_learner import Learner
+from common.rl_learner import Learner, seeded_generator
 from common.vector_env import run_episodes
 
 FIRST_ATTEMPTS = 2  # episodes with each other instruction
@@ -55,8 +54,7 @@ def instruction_fallback(args, domain: ModuleType, learner: Learner) -> None:
     # (n, A)
     action = torch.from_numpy(np.concatenate([action for _, _, action in successes])).to(vla.device)
     optimizer = torch.optim.Adam(vla.phi(), lr=LR_FACTOR * args.lr)
-    seed = hash((args.seed, learner.counters["fallback_attempts"])) & 0x7FFFFFFF
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(args.seed, learner.counters["fallback_attempts"])
     for _ in range(SFT_STEPS):
         b = torch.randint(len(h), (SFT_BATCH,), generator=generator).to(h.device)
         optimizer.zero_grad()
@@ -73,8 +71,7 @@ def try_instructions(
     begin = FALLBACK_SEED + counters.setdefault("fallback_attempts", 0)
     counters["fallback_attempts"] += len(instructions)
     by_seed = dict(enumerate(instructions, begin))
-    std = domain.ACTION_NOISE_STD if args.action_noise_std is None else args.action_noise_std
-    act = noisy_policy(learner.vla, std)
+    act = learner.recording_policy(args, domain)
     successes = {}
     episodes = run_episodes(
         learner.vla,

@@ -9,9 +9,15 @@ import torch
 from common.episode_file import episode_ids
 from common.recording import OnlineRecording, noisy_policy, record_successes
 from common.runs import Stage, load_optimizer, optimizer_tensors
+from common.vector_env import Policy
 
 SUCCESS_WINDOW = 100  # training episodes over which success is measured
 RENAMED_STATE = {"critic.slow.": "critic.target."}  # names in older states, and today's
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """Return a generator whose draws depend on these numbers alone, such as (seed, iteration)."""
+    return torch.Generator().manual_seed(hash(numbers) & 0x7FFFFFFF)
 
 
 class Learner:
@@ -107,14 +113,18 @@ class Learner:
 
     # --- D_rl and the checkpoint
 
+    def recording_policy(self, args, domain: ModuleType) -> Policy:
+        """Return the policy with the action noise that episodes are recorded with."""
+        std = domain.ACTION_NOISE_STD if args.action_noise_std is None else args.action_noise_std
+        return noisy_policy(self.vla, std)
+
     def record_d_rl(self, args, domain: ModuleType) -> int:
         """Record the task's successes for D_rl and return their number. A later round adds to an earlier one's."""
         folder = self.stage.out.parent / "D_rl" / args.task
         if "first" not in self.counters:
             self.counters["first"] = max(episode_ids(folder), default=-1) + 1
             self.save()
-        std = domain.ACTION_NOISE_STD if args.action_noise_std is None else args.action_noise_std
-        act = noisy_policy(self.vla, std)
+        act = self.recording_policy(args, domain)
         recording = OnlineRecording(domain, args.task, folder, args.envs, act, executed=False)
         successes, attempts, _ = record_successes(
             self.vla, recording, self.counters["first"], args.successes

@@ -128,9 +128,12 @@ def run_episodes(
     """Run episodes in parallel. Yield {"task", "seed", "success", "env_steps"} as each one ends.
 
     keep_images: add "image" (T, H, W, 3) uint8, "action" (T, A), the labels, and "reward" (T,) to
-    each episode. instruction_override: {seed: instruction to use instead of the task's own}. hold:
-    after a success the policy acts for so many more steps; "held" is then 1 if the last of them is
-    a success too. Half of the environments step while the images of the other half pass the VLM.
+        each episode.
+    instruction_override: {seed: instruction to use instead of the task's own}.
+    hold: after a success the policy acts for so many more steps; "held" is then 1 if the last of
+        them is a success too.
+
+    Half of the environments step while the images of the other half pass the VLM.
     """
     queue = EpisodeQueue(seeds_by_task)
     if not queue.total:
