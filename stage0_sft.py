@@ -65,8 +65,9 @@ class Args:
 if __name__ == "__main__":
     ARGS = parse(Args, __doc__)  # before the imports below, which take seconds
 
-import contextlib
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ from tqdm import tqdm
 from common.augment import augment, draw_augmentation
 from common.demonstrations import Recording, collect_demonstrations
 from common.devices import pick_device, use_threads
-from common.distributed import barrier, mean_over_ranks, rank_and_world_size
+from common.distributed import barrier, broadcast, mean_over_ranks, rank_and_world_size
 from common.errors import UserError, run_cli
 from common.files import folder_lock
 from common.runs import Stage, load_optimizer, optimizer_tensors
@@ -87,6 +88,8 @@ from evaluate import evaluate_stage, only_simulated, skip_if_done
 from model import VLA, VLAConfig, describe, set_trainable
 
 SHORT_RUN = 1000  # optimizer steps; shorter runs warm up and average over a share of their steps
+SMALL_VLM = 50e6  # weights; the matrix products of a larger one keep several CPU threads busy
+MAX_WORKERS = 4  # threads that share a batch: Python itself runs in one of them at a time
 
 
 @dataclass
@@ -115,57 +118,69 @@ class Schedule:
 
 
 def sft_loss(
-    model, images, instructions: list[str], action: torch.Tensor, action_std: torch.Tensor
+    model: Callable, images, instructions: list[str], action: torch.Tensor, action_std: torch.Tensor
 ) -> torch.Tensor:
     """Eq. 2's squared error of a batch, in units of each action dimension's std: a scalar.
 
-    model: a VLA, or the DistributedDataParallel around it, on images (B, H, W, 3) uint8 and B
-    instructions; or a VLA's `mean`, on latents (B, M, D) and their mask. action: (B, A), the
-    labels.
+    model: a VLA, on images (B, H, W, 3) uint8 and B instructions; or a VLA's `mean`, on latents
+    (B, M, D) and their mask. action: (B, A), the labels.
     """
     error = (model(images, instructions) - action) / action_std  # (B, A)
     return error.square().mean()
 
 
 def sft_gradient(
-    model,
+    vla: VLA,
     images,
     instructions: list[str],
     action: torch.Tensor,
-    action_std: torch.Tensor,
+    trained: list[torch.nn.Parameter],
     accumulate: int = 1,
-) -> torch.Tensor:
-    """Add the gradient of a batch's `sft_loss` to the weights' .grad and return the loss.
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return a batch's `sft_loss` and its gradient by each of the weights `trained`.
 
-    The batch passes in `accumulate` parts, one after the other. Processes average their gradients
-    once, with the last.
+    The batch passes in `accumulate` parts, one after the other.
     """
     B = len(action)
     size = -(-B // accumulate)
-    total = 0.0
+    loss = torch.zeros((), device=action.device)
+    gradient = [torch.zeros_like(p) for p in trained]
     for begin in range(0, B, size):
         part = slice(begin, begin + size)
-        last = begin + size >= B
-        with contextlib.nullcontext() if last or rank_and_world_size()[1] == 1 else model.no_sync():
-            loss = sft_loss(model, images[part], instructions[part], action[part], action_std)
-            loss = loss * (len(action[part]) / B)
-            loss.backward()
-        total = total + loss.detach()
-    return total
+        error = sft_loss(vla, images[part], instructions[part], action[part], vla.action_std)
+        error = error * (len(action[part]) / B)
+        # A T5 does not use its decoder's LoRA.
+        added = torch.autograd.grad(error, trained, allow_unused=True, materialize_grads=True)
+        torch._foreach_add_(gradient, added)
+        loss += error.detach()
+    return loss, gradient
 
 
-def distribute(vla: VLA):
-    """Return `vla`, or torch's DistributedDataParallel around it if torchrun has started several processes.
+class BatchWorkers:
+    """Threads that share each batch of this process: `num` threads of `threads` CPU threads each.
 
-    Each process takes its share of every batch, and gradients are averaged, so the numbers are
-    those of one process.
+    At `tiny`'s size, two threads that take half of a batch each are faster than two that share
+    every matrix product: most operations are too small to be divided (results/experiments.md). A
+    large VLM's are not, and a GPU wants one thread.
     """
-    if rank_and_world_size()[1] == 1:
-        return vla
-    # A T5 does not use its decoder's LoRA; static_graph=True would allow that too, but fails with
-    # no_sync.
-    unused = vla.blip.config.text_config.is_encoder_decoder
-    return torch.nn.parallel.DistributedDataParallel(vla, find_unused_parameters=unused)
+
+    def __init__(self, threads: int, batch: int, vla: VLA):
+        small = sum(p.numel() for p in vla.parameters()) < SMALL_VLM and vla.device.type == "cpu"
+        most = min(threads, batch, MAX_WORKERS) if small else 1
+        self.num = next(n for n in range(most, 0, -1) if batch % n == 0)  # equal shares
+        self.threads = max(1, threads // self.num)
+        self.pool = ThreadPoolExecutor(self.num, initializer=use_threads, initargs=[self.threads])
+
+    def mean(self, function: Callable) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the mean of function(k) = (loss, gradient) over the workers k = 0, 1, ..., num - 1."""
+        results = list(self.pool.map(function, range(self.num)))
+        loss, gradient = results[0]
+        for other_loss, other in results[1:]:
+            loss += other_loss
+            torch._foreach_add_(gradient, other)
+        if self.num > 1:
+            torch._foreach_div_([loss, *gradient], self.num)
+        return loss, gradient
 
 
 def train_sft(
@@ -215,7 +230,20 @@ def train_sft(
         )
 
     # --- train
-    model = distribute(vla)
+    broadcast(trained)
+    workers = BatchWorkers(args.threads, args.batch // world, vla)
+
+    def worker_gradient(k: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        # A step's batch depends on (seed, step) alone. Each worker of each process takes its share of it.
+        rng = np.random.default_rng([args.seed, number, step])
+        share = rank * workers.num + k, world * workers.num
+        images, instructions, action = data.batch(rng, args.batch, *share)
+        if args.augment and not args.cache:
+            images = augment(images, draw_augmentation(args.batch, data.num_views, rng, *share))
+        action = torch.from_numpy(action).to(vla.device)
+        # Eq. 2, Eq. 4.
+        return sft_gradient(vla, images, instructions, action, trained, args.accumulate)
+
     bar = tqdm(
         desc=f"stage {number} SFT",
         total=schedule.steps,
@@ -225,20 +253,13 @@ def train_sft(
     )
     losses = []
     while step < schedule.steps:
-        # A step's batch depends on (seed, step) alone.
-        rng = np.random.default_rng([args.seed, number, step])
         lr = args.lr * schedule.lr_factor(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, instructions, action = data.batch(rng, args.batch, rank, world)
-        if args.augment and not args.cache:
-            images = augment(
-                images, draw_augmentation(args.batch, data.num_views, rng, rank, world)
-            )
-        action = torch.from_numpy(action).to(vla.device)
-        optimizer.zero_grad()
-        # Eq. 2, Eq. 4.
-        loss = sft_gradient(model, images, instructions, action, vla.action_std, args.accumulate)
+        loss, gradient = workers.mean(worker_gradient)
+        mean_over_ranks([loss, *gradient])
+        for p, g in zip(trained, gradient):
+            p.grad = g
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not torch.isfinite(norm):
             raise UserError(
@@ -248,7 +269,7 @@ def train_sft(
         average.update_parameters(torch.nn.ParameterList(trained))
         step += 1
 
-        losses.append(mean_over_ranks(loss))
+        losses.append(loss.item())
         if step % 50 == 0 or step == schedule.steps:
             stage.log(step, loss=float(np.mean(losses)), grad_norm=norm.item(), lr=lr)
             bar.set_postfix(loss=f"{np.mean(losses):.3f}")

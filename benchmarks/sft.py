@@ -18,6 +18,7 @@ results/benchmarks/sft.json. Trainer needs accelerate, which PEFT installs.
 """
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from common.token_cache import use_token_cache
 from data import EpisodeDataset
 from domains import load_domain
 from model import VLA, VLAConfig, set_trainable
-from stage0_sft import sft_gradient
+from stage0_sft import BatchWorkers, sft_gradient
 
 TASK = "drawer-open"
 IMAGE_SIZE = 64
@@ -54,17 +55,24 @@ def our_turn(vla: VLA, data: EpisodeDataset, args: argparse.Namespace) -> Callab
     ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     average = torch.optim.swa_utils.AveragedModel(torch.nn.ParameterList(trained), multi_avg_fn=ema)
 
+    workers = BatchWorkers(torch.get_num_threads(), args.batch, vla)
+
+    def worker_gradient(step: int, k: int) -> tuple:
+        rng = np.random.default_rng(step)
+        images, instructions, action = data.batch(rng, args.batch, k, workers.num)
+        if not args.full:
+            drawn = draw_augmentation(args.batch, data.num_views, rng, k, workers.num)
+            images = augment(images, drawn)
+        return sft_gradient(vla, images, instructions, torch.from_numpy(action), trained)
+
     def turn() -> list[float]:
         vla.eval()  # Trainer leaves it in training mode
         seconds = []
         for step in range(args.steps):
             began = time.perf_counter()
-            rng = np.random.default_rng(step)
-            images, instructions, action = data.batch(rng, args.batch)
-            if not args.full:
-                images = augment(images, draw_augmentation(args.batch, data.num_views, rng))
-            optimizer.zero_grad()
-            sft_gradient(vla, images, instructions, torch.from_numpy(action), vla.action_std)
+            _, gradient = workers.mean(functools.partial(worker_gradient, step))
+            for p, g in zip(trained, gradient):
+                p.grad = g
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             average.update_parameters(torch.nn.ParameterList(trained))

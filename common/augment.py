@@ -42,10 +42,11 @@ def augment(images: np.ndarray, drawn: list[torch.Tensor]) -> np.ndarray:
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)  # (B V, 3, H/V, W)
     x = colour.mT.repeat_interleave(V, 0) @ x.flatten(2)  # (B V, 3, H/V W)
     images = x.round_().clamp_(0, 255).byte().mT.reshape(B, H, W, 3).numpy()
+    extent = torch.tensor([H, W])
+    begin = (corner * extent).round().long()  # (B, 3, 2)
+    end = begin + (size * extent).round().long()
+    patches = torch.cat([begin, end], -1).tolist()
     for b, k in (size[..., 0] > 0).nonzero().tolist():
-        top = round(corner[b, k, 0].item() * H)
-        left = round(corner[b, k, 1].item() * W)
-        bottom = top + round(size[b, k, 0].item() * H)
-        right = left + round(size[b, k, 1].item() * W)
+        top, left, bottom, right = patches[b][k]
         images[b, top:bottom, left:right] = patch_colour[b, k]
     return images

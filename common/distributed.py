@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -72,10 +72,18 @@ def barrier() -> None:
             torch.distributed.barrier()
 
 
-def mean_over_ranks(x: torch.Tensor) -> float:
-    """Return the mean of a scalar tensor over all processes."""
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """Set tensors to the first process's, in place."""
+    if rank_and_world_size()[1] > 1:
+        for x in tensors:
+            torch.distributed.broadcast(x.data, 0)
+
+
+def mean_over_ranks(tensors: list[torch.Tensor]) -> None:
+    """Set float tensors to their mean over all processes, in place, in one exchange."""
     _, world = rank_and_world_size()
     if world > 1:
-        x = x.detach().clone()
-        torch.distributed.all_reduce(x)
-    return x.item() / world
+        flat = torch.cat([x.flatten() for x in tensors]) / world
+        torch.distributed.all_reduce(flat)
+        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(mean.view_as(x))

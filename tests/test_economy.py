@@ -21,7 +21,7 @@ from common.episode_file import write_episode
 from common.runs import Stage
 from common.token_cache import use_token_cache, vision_weights
 from model import VLA, set_trainable
-from stage0_sft import Args, sft_gradient
+from stage0_sft import Args, BatchWorkers, sft_gradient
 
 ARGS = dict(lora_targets="language", dtype="bfloat16")
 
@@ -137,19 +137,37 @@ def test_parts_of_a_batch_have_its_gradient(backbone, tmp_path, accumulate):
     """Any number of parts, unequal ones too, has one batch's loss and gradient."""
     vla = frozen_vla(tmp_path, backbone, dtype="float32")
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-    batch = images, ["push", "push the red bead"] * 4, torch.rand(8, 2), vla.action_std
+    batch = images, ["push", "push the red bead"] * 4, torch.rand(8, 2), vla.theta() + vla.phi()
     want, loss = gradient(vla, *batch)
     parts, same = gradient(vla, *batch, accumulate)
     torch.testing.assert_close(same, loss)
     torch.testing.assert_close(parts, want, atol=1e-5, rtol=1e-4)
 
 
-def gradient(vla, *arguments):
+@pytest.mark.parametrize("threads, shares", [(1, 1), (2, 2), (3, 2), (16, 4)])
+def test_threads_that_share_a_batch_have_its_gradient(backbone, tmp_path, threads, shares):
+    """The shares are equal, so their mean is the batch's. Their number is limited, and divides the batch."""
+    vla = frozen_vla(tmp_path, backbone, dtype="float32")
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    texts = ["push", "push the red bead"] * 4
+    action = torch.rand(8, 2)
     trained = vla.theta() + vla.phi()
-    for p in trained:
-        p.grad = None
-    loss = sft_gradient(vla, *arguments)
-    return [p.grad.clone() for p in trained if p.grad is not None], loss
+    workers = BatchWorkers(threads, len(action), vla)
+    assert workers.num == shares
+
+    def share(k):
+        mine = slice(k, None, workers.num)
+        return sft_gradient(vla, images[mine], texts[mine], action[mine], trained)
+
+    loss, gradient = workers.mean(share)
+    want_loss, want = sft_gradient(vla, images, texts, action, trained)
+    torch.testing.assert_close(loss, want_loss)
+    torch.testing.assert_close(gradient, want, atol=1e-5, rtol=1e-4)
+
+
+def gradient(vla, *arguments):
+    loss, grads = sft_gradient(vla, *arguments)
+    return grads, loss
 
 
 @pytest.mark.parametrize("lora_targets", ["language", "all"])
@@ -157,7 +175,10 @@ def test_checkpointing_keeps_less_and_changes_nothing(backbone, tmp_path, lora_t
     """Loss and gradient are the same. The forward pass keeps a fraction of the memory for the backward pass."""
     vla = frozen_vla(tmp_path, backbone, lora_targets=lora_targets)
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-    batch, kept = (images, ["push", "push the red bead"] * 2, torch.rand(4, 2), vla.action_std), {}
+    batch, kept = (
+        (images, ["push", "push the red bead"] * 2, torch.rand(4, 2), vla.theta() + vla.phi()),
+        {},
+    )
 
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()

@@ -170,12 +170,14 @@ def measure_speed(
         h, mask = vla.encode(images, texts)
         encode = median_seconds(lambda: vla.encode(images, texts)[0].sum().item()) / n
         q = vla.image_tokens(images) if args.cache else images
-    sample = (
-        median_seconds(
-            lambda: stage0_sft.sft_gradient(vla, q, texts, action, vla.action_std).item()
-        )
-        / n
-    )
+    trained = vla.theta() + vla.phi()
+    workers = stage0_sft.BatchWorkers(args.threads, n, vla)
+
+    def worker_gradient(k: int) -> tuple:
+        share = slice(k, None, workers.num)
+        return stage0_sft.sft_gradient(vla, q[share], texts[share], action[share], trained)
+
+    sample = median_seconds(lambda: workers.mean(worker_gradient)[0].item()) / n
     h = h.float().repeat(128 // n, 1, 1)
     head = median_seconds(lambda: vla.head(h, mask[:1]).sum().backward()) / len(h)
     return Speed(encode, sample, head)
