@@ -30,7 +30,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    ARGS = parse(Args, __doc__)  # before the imports below, which take seconds
+    ARGS = parse(Args, __doc__, workers=True)  # before the imports below, which take seconds
 
 import os
 from collections.abc import Iterable
@@ -135,15 +135,19 @@ def evaluate_stage(
     device: torch.device,
     num_envs: int = 16,
     vla: VLA | None = None,
+    task: str | None = None,
 ) -> None:
-    """Evaluate a finished stage on all of the domain's tasks and write eval.json into its folder, once."""
+    """Evaluate a finished stage and write eval.json into its folder, once.
+
+    task: the one that stage 1 has learned, and the only one that it is evaluated on. Other
+    stages are evaluated on all of the domain's tasks.
+    """
     path = Path(folder) / "eval.json"
     if episodes and not path.exists():
         vla = vla or VLA.load(folder, domain.NAME, device)
-        tasks = evaluate(
-            vla, domain, all_tasks(domain), episodes, num_envs, f"evaluate {path.parent.name}"
-        )
-        write_json(path, result_file(vla, domain, tasks))
+        tasks = [task] if task else all_tasks(domain)
+        result = evaluate(vla, domain, tasks, episodes, num_envs, f"evaluate {path.parent.name}")
+        write_json(path, result_file(vla, domain, result))
     if path.exists():
         print(f"{path.parent}: {summary(read_json(path)['tasks'], domain)}")
 
@@ -159,7 +163,8 @@ def skip_if_done(
     if stage.done and stage.writes:
         print(f"{stage.out} is finished")
         torch.set_num_threads(1)
-        evaluate_stage(stage.out, domain, args.episodes, device, num_envs)
+        task = getattr(args, "task", None)
+        evaluate_stage(stage.out, domain, args.episodes, device, num_envs, task=task)
     return stage.done
 
 

@@ -27,6 +27,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from common.errors import UserError, run_cli
 from common.figures import pyplot
 from common.files import atomic_write, check_writable, read_json, write_json
@@ -69,21 +71,30 @@ def count(tasks: dict[str, dict], names: Iterable[str]) -> dict[str, int]:
 
 
 def make_row(stage: Path, tasks: dict[str, dict], spent: list[dict], domain: ModuleType) -> dict:
-    """Return a stage's entry in report.json. spent: the summaries of this stage and of those without an entry."""
-    missing = [task for task in all_tasks(domain) if task not in tasks]
+    """Return a stage's entry in report.json. spent: the summaries of this stage and of those without an entry.
+
+    Stage 1 is evaluated on its own task; a split has an entry if all of its tasks were evaluated.
+    """
+    own = spent[-1].get("task")
+    missing = [task for task in ([own] if own else all_tasks(domain)) if task not in tasks]
     if missing:
         raise UserError(
             f"{stage}/eval.json lacks {missing[0]} and {len(missing) - 1} more tasks: "
-            f"evaluate all tasks with python evaluate.py --checkpoint {stage}"
+            f"evaluate them with python evaluate.py --checkpoint {stage}"
         )
     cost = costs(spent)
+    evaluated = [task for task in all_tasks(domain) if task in tasks]
     return {
         "name": stage.name,
         **cost,
         "seconds": round(cost["seconds"], 1),
-        "splits": {split: count(tasks, names) for split, names in splits(domain).items()},
-        "tasks": {task: count(tasks, [task]) for task in all_tasks(domain)},
-        "outcomes": {task: "".join(map(str, tasks[task]["success"])) for task in all_tasks(domain)},
+        "splits": {
+            split: count(tasks, names)
+            for split, names in splits(domain).items()
+            if set(names) <= tasks.keys()
+        },
+        "tasks": {task: count(tasks, [task]) for task in evaluated},
+        "outcomes": {task: "".join(map(str, tasks[task]["success"])) for task in evaluated},
     }
 
 
@@ -147,8 +158,10 @@ def rate(count: dict[str, int]) -> float:
 # How it is shown
 
 
-def cell(count: dict[str, int]) -> str:
-    """Return a success rate with its interval: 0.83 [0.80, 0.86]."""
+def cell(count: dict[str, int] | None) -> str:
+    """Return a success rate with its interval: 0.83 [0.80, 0.86]. Nothing if it was not evaluated."""
+    if count is None:
+        return ""
     low, high = wilson(count["successes"], count["episodes"])
     return f"{rate(count):.2f} [{low:.2f}, {high:.2f}]"
 
@@ -160,7 +173,7 @@ def split_table(report: dict) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for stage in report["stages"]:
-        rates = " | ".join(cell(stage["splits"][split]) for split in ("expert", "rl", "unseen"))
+        rates = " | ".join(cell(stage["splits"].get(split)) for split in COLOURS)
         lines.append(
             f"| {stage['name']} | {rates} | {stage['seconds'] / 60:.1f} | {stage['env_steps']:,} |"
         )
@@ -177,7 +190,8 @@ def task_table(report: dict, domain: ModuleType) -> list[str]:
     for split, names in splits(domain).items():
         lines.append(f"| **{split}** |" + " |" * len(stages))
         for task in names:
-            rates = " | ".join(f"{rate(stage['tasks'][task]):.2f}" for stage in stages)
+            counts = [stage["tasks"].get(task) for stage in stages]
+            rates = " | ".join("" if c is None else f"{rate(c):.2f}" for c in counts)
             lines.append(f"| {task} | {rates} |")
     return lines
 
@@ -189,8 +203,8 @@ def markdown(report: dict, domain: ModuleType) -> str:
     lines = [
         f"# {report['method']} on {report['domain']}, seed {report['seed']}, VLM {report['vlm']}",
         "",
-        "Success rate of the greedy policy, with its 95 % Wilson interval. The minutes and environment steps of a",
-        "stage that was not evaluated are in the next row.",
+        "Success rate of the greedy policy, with its 95 % Wilson interval. Stage 1 is evaluated on the task that it",
+        "learned. The minutes and environment steps of a stage that was not evaluated are in the next row.",
         "",
         *split_table(report),
         "",
@@ -258,8 +272,10 @@ def draw_splits(ax, report: dict, axes_height: float) -> None:
     stages = report["stages"]
     ends = []
     for j, (split, colour) in enumerate(COLOURS.items()):
-        counts = [stage["splits"][split] for stage in stages]
-        x = [i + 0.06 * (j - 1) for i in range(len(stages))]
+        x = [i + 0.06 * (j - 1) for i, s in enumerate(stages) if split in s["splits"]]
+        counts = [stage["splits"][split] for stage in stages if split in stage["splits"]]
+        if not counts:
+            continue
         y = [rate(c) for c in counts]
         intervals = [wilson(c["successes"], c["episodes"]) for c in counts]
         below = [max(0, value - low) for value, (low, _) in zip(y, intervals)]
@@ -290,10 +306,18 @@ def draw_splits(ax, report: dict, axes_height: float) -> None:
 def draw_tasks(ax, report: dict, domain: ModuleType) -> None:
     """Draw the matrix of tasks over stages. A task's name has its split's colour."""
     names = all_tasks(domain)
-    matrix = [[rate(stage["tasks"][task]) for stage in report["stages"]] for task in names]
+    matrix = [
+        [
+            rate(stage["tasks"][task]) if task in stage["tasks"] else np.nan
+            for stage in report["stages"]
+        ]
+        for task in names
+    ]
     ax.imshow(matrix, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
+            if np.isnan(value):
+                continue
             text = "1.0" if value == 1 else f"{value:.2f}"[1:]
             colour = "black" if value > 0.6 else "white"
             ax.text(j, i, text, ha="center", va="center", fontsize=5.5, color=colour)

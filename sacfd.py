@@ -472,4 +472,4 @@ def main(args) -> None:
     # --- the successes of the best head: D_rl
     successes = learner.record_d_rl(args, domain)
     learner.finish_stage(args, successes)
-    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla)
+    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla, args.task)

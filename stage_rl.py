@@ -85,7 +85,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    ARGS = parse(Args, __doc__)  # before the imports below, which take seconds
+    ARGS = parse(Args, __doc__, workers=True)  # before the imports below, which take seconds
 
 import contextlib
 import time
@@ -438,7 +438,7 @@ def main(args: Args) -> None:
     # --- the successes of the best head: D_rl
     successes = learner.record_d_rl(args, domain)
     learner.finish_stage(args, successes)
-    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla)
+    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla, args.task)
 
 
 if __name__ == "__main__":

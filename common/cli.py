@@ -2,23 +2,46 @@
 
 import contextlib
 import functools
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
+from common.errors import UserError
+from common.files import read_json
+from common.processes import start_fork_server
+
 T = TypeVar("T")
 
 
-def parse(kind: type[T], doc: str) -> T:
+def parse(kind: type[T], doc: str, workers: bool = False) -> T:
     """Return the command line's arguments as a `kind`. Ends the process for --help and for wrong arguments.
 
-    doc: the script's docstring.
+    doc: the script's docstring. A script's heavy imports follow, so until `run_cli` the garbage
+    collector is off: it would search the imported objects again and again.
+    workers: start the process that the domain's workers are forked from. Its imports then run at
+    the same time as the script's.
     """
     with help_page(doc, sys.argv[1:]) as prog:
-        return tyro.cli(kind, prog=prog, description="")
+        args = tyro.cli(kind, prog=prog, description="")
+    gc.disable()
+    if workers:
+        start_fork_server(named_domain(args))
+    return args
+
+
+def named_domain(args: object) -> str:
+    """Return the domain that the arguments name, or else their checkpoint. "" if neither does."""
+    folder = getattr(args, "parent", None) or getattr(args, "checkpoint", None)
+    with contextlib.suppress(UserError, OSError, AttributeError):
+        return getattr(args, "domain", "") or read_json(Path(folder) / "config.json").get(
+            "domain", ""
+        )
+    return ""
 
 
 def parse_command(commands: list[Callable], doc: str) -> functools.partial:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import shlex
 import signal
@@ -71,6 +72,8 @@ def run_cli(main: Callable, args: object, resumes: bool = True) -> None:
     """
     global _resumes
     _resumes = resumes
+    gc.freeze()  # what was imported stays
+    gc.enable()
     try:
         with signals_stop():
             main(args)

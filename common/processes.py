@@ -4,6 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,12 +15,27 @@ from unittest.mock import patch
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+PRELOADED_DOMAIN = "IRE_VLA_DOMAIN"  # environment variable: the domain that workers need
 SHARED_MEMORY_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS)
 
 
-def preload_in_workers(*modules: str) -> None:
-    """Name the modules that the fork server imports once, so that its workers need not."""
-    multiprocessing.set_forkserver_preload(list(modules))
+def start_fork_server(domain: str) -> None:
+    """Start the process that all workers are forked from. It imports a domain (a name), and neither torch nor a stage.
+
+    Called before a stage's own imports, it does so at the same time. Later calls do nothing.
+    """
+    os.environ[PRELOADED_DOMAIN] = domain
+    multiprocessing.set_forkserver_preload(["domains._preload"])
+    # The server is a `python -c`, which would import from the current folder first: a user's own
+    # domains/, for example.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Ctrl-C is for the main process. The server inherits the mask.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with patch.dict(os.environ, PYTHONSAFEPATH="1", PYTHONPATH=path):
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -28,14 +44,10 @@ def starting_workers() -> Iterator[None]:
 
     Raises UserError if the shared memory that processes communicate through cannot be used.
     """
-    # The server is a `python -c`, which would import from the current folder first: a user's own
-    # domains/, for example.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     main = vars(sys.modules["__main__"])
     script = main.pop("__file__", None)
     try:
-        with patch.dict(os.environ, PYTHONSAFEPATH="1", PYTHONPATH=path):
-            forkserver.ensure_running()
+        start_fork_server(os.environ.get(PRELOADED_DOMAIN, ""))  # again, if it has been killed
         yield
     except (EOFError, ConnectionError) as error:
         raise UserError("worker processes do not start: their own error is above") from error

@@ -21,12 +21,15 @@
                                            leaves the environment unchanged
 
     real_robot()                           optional: returns why the environments are a real robot's, or ""
+    preload()                              optional: fills the caches that a new environment needs, without OpenGL. It
+                                           is called once in the process that all workers are forked from
 
 Nothing outside this folder asks which domain it is. Environments run in processes of their own,
 which import the domain's file alone, so a domain imports neither torch nor transformers.
 """
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +38,7 @@ from common.errors import UserError
 # Before MuJoCo, which reads the variables that this module sets.
 from common.opengl import explain_import_errors
 from common.pins import check_installed
-from common.processes import preload_in_workers
+from common.processes import PRELOADED_DOMAIN
 
 
 def load_domain(name: str) -> ModuleType:
@@ -52,7 +55,7 @@ def load_domain(name: str) -> ModuleType:
     with explain_import_errors():
         domain = importlib.import_module(f"domains.{name}")
     check_installed(domain.PROTOCOL)
-    preload_in_workers("common.episode_worker", domain.__name__)
+    os.environ[PRELOADED_DOMAIN] = name  # for the workers that this process may start
     return domain
 
 

@@ -249,6 +249,11 @@ def make(task: str, image_size: int = 64) -> MetaWorld:
     return MetaWorld(task, image_size)
 
 
+def preload() -> None:
+    """Compute the coarse meshes of the arm, which every environment needs."""
+    make_simulation("reach-v3", None)
+
+
 def expert(env: gym.Env) -> np.ndarray:
     """Return the action of Meta-World's scripted policy in the present state, without noise: (4,) float32 in [-1, 1].
 

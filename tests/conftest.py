@@ -28,7 +28,7 @@ from common.backbone import build_tiny
 from common.episode_file import ONLINE_SEED, EpisodeInfo, episode_ids, open_episode, write_episode
 from common.errors import run_cli
 from common.files import folder_lock
-from common.rates import all_tasks
+from common.rates import all_tasks, splits
 from data import EpisodeDataset
 from model import VLA, VLAConfig
 
@@ -267,6 +267,11 @@ def leftovers(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if re.search(r"^\.|tmp|partial|state", p.name)]
 
 
+def evaluated(stage: str, domain: ModuleType) -> list[str]:
+    """Return the tasks that a stage is evaluated on: stage 1 on its own."""
+    return [stage.split("-rl-")[1]] if "-rl-" in stage else all_tasks(domain)
+
+
 def check_run(folder: Path, domain: ModuleType, stages: list[str], demos: int, data: Path) -> Path:
     """Check that all files of a finished smoke run are there and readable, and no others. Return the run's folder."""
     name = domain.NAME
@@ -281,15 +286,17 @@ def check_run(folder: Path, domain: ModuleType, stages: list[str], demos: int, d
             for line in (run / stage / "log.jsonl").read_text().splitlines()
         ]
         assert steps == sorted(set(steps)), f"{stage}/log.jsonl repeats itself"
-        assert set(json.loads((run / stage / "eval.json").read_text())["tasks"]) == set(
-            all_tasks(domain)
+        assert list(json.loads((run / stage / "eval.json").read_text())["tasks"]) == evaluated(
+            stage, domain
         )
     report = json.loads((run / "report.json").read_text())
     assert [s["name"] for s in report["stages"]] == stages and report["domain"] == name
     for stage in report["stages"]:
-        assert sum(split["episodes"] for split in stage["splits"].values()) == len(
-            all_tasks(domain)
-        )
+        assert list(stage["tasks"]) == list(stage["outcomes"]) == evaluated(stage["name"], domain)
+        whole = [
+            split for split, tasks in splits(domain).items() if set(tasks) <= set(stage["tasks"])
+        ]
+        assert list(stage["splits"]) == whole
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert all(s in (run / "report.md").read_text() for s in stages)
     assert b"ftyp" in (run / "video.mp4").read_bytes()[:12]

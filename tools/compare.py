@@ -22,7 +22,7 @@ from common.cli import parse_command
 from common.errors import UserError, run_cli
 from common.figures import pyplot
 from common.files import atomic_write, read_json
-from common.rates import COMMON_PROTOCOL, COSTS, costs, splits, wilson
+from common.rates import COMMON_PROTOCOL, COSTS, all_tasks, costs, splits, wilson
 from domains import load_domain
 
 # Success of the paper's SFT policy and of its iRe-VLA. Meta-World: Table I. Panda: Fig. 6. The
@@ -99,7 +99,9 @@ def side_by_side(folders: Iterable[str]) -> Comparison:
     another stage 0 for the same seed.
     """
     runs = read_runs(folders)
-    names = [[stage["name"] for stage in run.stages] for run in runs]
+    domain = load_domain(runs[0].domain)
+    tasks = set(all_tasks(domain))
+    names = [[s["name"] for s in run.stages if tasks <= s["tasks"].keys()] for run in runs]
     common = [name for name in names[0] if all(name in other for other in names)]
     if len(common) < 2 or common[0] != "0-sft":
         raise UserError(
@@ -120,7 +122,7 @@ def side_by_side(folders: Iterable[str]) -> Comparison:
                 f"{run.folder} is a second {run.method} of seed {run.seed}: leave one of them out"
             )
         seeds[run.seed] = run.until(common[-1])
-    return Comparison(load_domain(runs[0].domain), runs[0].vlm, common[-1], methods)
+    return Comparison(domain, runs[0].vlm, common[-1], methods)
 
 
 def pooled(stages: Iterable[dict], tasks: Iterable[str]) -> tuple[float, float, float, list[float]]:

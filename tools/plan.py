@@ -276,7 +276,8 @@ def print_minutes(plan: Plan, speed, env_seconds: float, device: torch.device) -
     updates = plan.rl.epochs if plan.algo == "ppo" else 3 * plan.rl.sacfd.utd * plan.rl.sacfd.batch
     steps0 = plan.domain.STAGE0_STEPS if plan.stage0.steps is None else plan.stage0.steps
     steps2 = plan.domain.STAGE2_STEPS if plan.sft.steps is None else plan.sft.steps
-    evaluation = len(all_tasks(plan.domain)) * length * act
+    episode = length * act
+    evaluation = len(all_tasks(plan.domain)) * episode  # an episode of each task
     seconds = {  # a stage's, and the number of them
         "D_e": (plan.missing_demos() * length * env_seconds / cpus, plan.count("0-sft")),
         "stage 0": (
@@ -286,7 +287,7 @@ def print_minutes(plan: Plan, speed, env_seconds: float, device: torch.device) -
         "RL at most": (
             plan.env_steps * (act + update * updates)
             + 2 * plan.rl.successes * length * act
-            + plan.rl.episodes * evaluation,
+            + plan.rl.episodes * episode,
             plan.count("rl"),
         ),
         "stage 2": (
