@@ -1,6 +1,6 @@
 """Imported once by the process that worker processes are forked from, so that they need not import a domain.
 
-An environment variable names the domain, because such a process is only given names of modules.
+An environment variable names the domain, because such a process only takes the names of modules.
 """
 
 import contextlib
