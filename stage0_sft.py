@@ -69,6 +69,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -288,32 +289,41 @@ def train_sft(
 # The stage
 
 
-def record_demonstrations(args: Args, domain, root: Path) -> None:
-    """Record what is missing of D_e in `root`, and name the folders there that are not expert tasks."""
-    num_demos = domain.DEMOS_PER_TASK if args.demos is None else args.demos
+def record_demonstrations(
+    domain: ModuleType,
+    root: Path,
+    image_size: int,
+    demos: int | None,
+    threads: int,
+    action_noise_std: float | None = None,
+    random_burst_prob: float | None = None,
+) -> None:
+    """Record what is missing of D_e in `root`, and name the folders there that are not expert tasks.
+
+    None stands for the domain's default.
+    """
+    num_demos = domain.DEMOS_PER_TASK if demos is None else demos
     recording = Recording(
         make=domain.make,
         expert=domain.expert,
         domain=domain.NAME,
         instructions=domain.INSTRUCTIONS,
         protocol=domain.PROTOCOL,
-        image_size=args.image_size,
-        action_noise_std=domain.ACTION_NOISE_STD
-        if args.action_noise_std is None
-        else args.action_noise_std,
+        image_size=image_size,
+        action_noise_std=domain.ACTION_NOISE_STD if action_noise_std is None else action_noise_std,
         random_burst_prob=domain.RANDOM_BURST_PROB
-        if args.random_burst_prob is None
-        else args.random_burst_prob,
+        if random_burst_prob is None
+        else random_burst_prob,
         root=root,
     )
     with folder_lock(root):  # another run may be recording the same
         if recording.lacking(domain.EXPERT_TASKS, num_demos):
             only_simulated(domain, "the scripted expert")
-            collect_demonstrations(domain, recording, num_demos, args.threads)
+            collect_demonstrations(domain, recording, num_demos, threads)
     for folder in sorted(
         p for p in root.glob("[!.]*") if p.is_dir() and p.name not in domain.EXPERT_TASKS
     ):
-        print(f"{folder} is left out: {folder.name} is not an expert task of {args.domain}")
+        print(f"{folder} is left out: {folder.name} is not an expert task of {domain.NAME}")
 
 
 def main(args: Args) -> None:
@@ -335,7 +345,8 @@ def main(args: Args) -> None:
     # --- D_e
     root = Path(args.data) / args.domain
     if rank == 0:
-        record_demonstrations(args, domain, root)
+        disturbance = args.action_noise_std, args.random_burst_prob
+        record_demonstrations(domain, root, args.image_size, args.demos, args.threads, *disturbance)
     barrier()
     data = EpisodeDataset(
         {root / task: 1.0 for task in domain.EXPERT_TASKS}, domain, args.image_size

@@ -16,7 +16,8 @@ Where the paper is silent or this differs from it:
 3) `--freeze-vlm` trains phi alone: the paper's ablation iRe-VLA-freeze.
 4) The `tiny` VLM is trained whole here too. results/experiments.md compares that with LoRA
    (`--theta lora`).
-5) A large VLM: `--cache`, `--accumulate` and `--checkpointing` as in stage 0, whose image tokens of
+5) Where D_e is missing, because stage 0 came from elsewhere, it is recorded as in stage 0.
+6) A large VLM: `--cache`, `--accumulate` and `--checkpointing` as in stage 0, whose image tokens of
    D_e are reused.
 
 python stage_sft.py --parent runs/NAME-seed0/1-rl-TASK --out runs/NAME-seed0/1-sft
@@ -34,6 +35,7 @@ class Args:
     parent: str  # stage 1's checkpoint, e.g. runs/<name>/1-rl-<task>
     out: str  # checkpoint to write, e.g. runs/<name>/1-sft; D_rl/ is read next to it
     data: str = "runs/D_e"  # folder of the expert episodes: <data>/<domain>/<task>/
+    demos: int | None = None  # expert episodes per task to record if there are none at all
     domain: str = ""  # name of a file in domains/ (default: the parent's)
     rl_weight: float = 1.0  # how often an RL task is drawn, relative to an expert task
     freeze_vlm: bool = False  # train phi alone: iRe-VLA-freeze
@@ -61,7 +63,7 @@ from pathlib import Path
 import torch
 
 from common.devices import pick_device, use_threads
-from common.distributed import rank_and_world_size
+from common.distributed import barrier, rank_and_world_size
 from common.episode_file import episode_ids
 from common.errors import run_cli
 from common.runs import Stage, checkpoint_config
@@ -69,7 +71,7 @@ from data import EpisodeDataset
 from domains import load_domain
 from evaluate import evaluate_stage, skip_if_done
 from model import VLA
-from stage0_sft import Schedule, train_sft
+from stage0_sft import Schedule, record_demonstrations, train_sft
 
 
 def main(args: Args) -> None:
@@ -88,10 +90,14 @@ def main(args: Args) -> None:
 
     # --- D_e + D_rl
     d_e = Path(args.data) / args.domain
+    image_size = vla.config["image_size"]
+    if rank == 0 and not any(episode_ids(d_e / task) for task in domain.EXPERT_TASKS):
+        record_demonstrations(domain, d_e, image_size, args.demos, args.threads)
+    barrier()
     d_rl = stage.out.parent / "D_rl"
     weights = {d_e / task: 1.0 for task in domain.EXPERT_TASKS}
     weights |= {folder: args.rl_weight for folder in sorted(d_rl.glob("*")) if episode_ids(folder)}
-    data = EpisodeDataset(weights, domain, vla.config["image_size"])
+    data = EpisodeDataset(weights, domain, image_size)
 
     # --- Eq. 4
     if args.theta == "lora" and not vla.has_lora:

@@ -58,7 +58,7 @@ UNTRAINED = ["--steps", "1", "--episodes", "0"]
 
 
 class Checkout:
-    """One checkout of the project, and a temporary copy of what it has recorded and trained."""
+    """One checkout of the project, and a temporary folder of its own episodes and checkpoints."""
 
     def __init__(self, root: Path, scratch: Path):
         self.root = root

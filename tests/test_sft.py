@@ -213,3 +213,15 @@ def test_two_processes_train_as_one_does(project, checkpoint, bead, stage):
             np.testing.assert_allclose(log[name][0]["loss"], log["one"][0]["loss"], rtol=1e-3)
         for key, value in heads["one"].items():
             torch.testing.assert_close(heads[name][key], value, atol=5e-3, rtol=5e-2)
+
+
+def test_stage_2_records_missing_expert_data(project, checkpoint):
+    """A stage 0 from elsewhere (loop.sh's START) comes without D_e. Stage 2 then records it."""
+    data = project.folder / "runs/D_e-elsewhere"
+    out = project.folder / "runs/elsewhere/1-sft"
+    project.must(
+        "python", "stage_sft.py", "--parent", checkpoint, "--out", out, "--data", data, "--demos", "2",
+        "--steps", "1", "--batch", "8", "--episodes", "0",
+    )  # fmt: skip
+    recorded = {folder.name: len(episode_ids(folder)) for folder in (data / "bead").iterdir()}
+    assert recorded and set(recorded.values()) == {2}

@@ -29,7 +29,7 @@ if [ -n "$SMOKE" ]; then
   DATA=runs/D_e-smoke
   STAGE0="--demos 2 --steps 60 --batch 32 --episodes 1"
   RL="--env-steps 1500 --envs 8 --rollout 32 --warmup 1 --successes 2 --episodes 1 --sacfd.num-demos 2 --sacfd.warmup 200 --sacfd.utd 1 $RL"
-  SFT="--steps 30 --batch 32 --episodes 1"
+  SFT="--demos 2 --steps 30 --batch 32 --episodes 1"
 fi
 if [[ ${SFT_ARGS:-} == *--cache* ]]; then
   STAGE0+=" --lora-targets language"
