@@ -7,11 +7,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, refused
+import torch
+from conftest import ROOT, one_sentence, refused
 
 import report
 from common.files import write_json
+from model import VLA
 from tools import lookup
 
 
@@ -121,3 +124,27 @@ def test_requirements_are_exact_and_split():
     )
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in [*run, *dev])
     assert not set(run) & set(dev) and any(line.startswith("pytest==") for line in dev)
+
+
+def test_a_published_checkpoint_acts_as_its_original(project, checkpoint, tmp_path):
+    """Half of the size, nearly the same actions, a model card, and weights that later stages train in float32."""
+    out = tmp_path / "published"
+    project.must(
+        "python", "-m", "tools.publish", "--checkpoint", checkpoint, "--out", out, "--episodes", "0"
+    )
+    size, before = (
+        sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        for folder in (out, checkpoint)
+    )
+    assert size < 0.55 * before
+    vla, original = VLA.load(out), VLA.load(checkpoint)
+    assert {p.dtype for p in vla.parameters()} == {torch.float32}
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    with torch.no_grad():
+        actions = [v.act(*v.encode(images, ["push the red bead"] * 4)) for v in (vla, original)]
+    torch.testing.assert_close(*actions, atol=0.05, rtol=0)
+    assert "bfloat16" in (out / "README.md").read_text()
+    again = project.run(
+        "python", "-m", "tools.publish", "--checkpoint", checkpoint, "--out", out, "--episodes", "0"
+    )
+    assert "is not empty" in one_sentence(again)
