@@ -33,7 +33,7 @@ if __name__ == "__main__":
     ARGS = parse(Args, __doc__, workers=True)  # before the imports below, which take seconds
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -172,35 +172,42 @@ def skip_if_done(
 # The command
 
 
+def episode_frames(vla: VLA, domain: ModuleType, task: str, seed: int) -> Iterator[np.ndarray]:
+    """Yield a greedy episode's frames (H, W, 3) uint8 at the environment's own image size, VIDEO_FPS a second."""
+    env = domain.make(task, vla.config["image_size"])
+    repeat = max(1, round(VIDEO_FPS / env.metadata.get("render_fps", VIDEO_FPS)))
+    obs, _ = env.reset(seed=seed)
+    terminated = truncated = False
+    while not (terminated or truncated):
+        for _ in range(repeat):
+            yield env.render()
+        with torch.no_grad():
+            h, mask = vla.encode(obs[None], [domain.INSTRUCTIONS[task]])
+            action = vla.act(h.float(), mask)[0].cpu().numpy()
+        if not np.isfinite(action).all():
+            raise UserError(NAN_ACTION)
+        obs, _, terminated, truncated, _ = env.step(action)
+    for _ in range(VIDEO_FPS // 2):  # half a second of the last frame
+        yield env.render()
+    env.close()
+
+
 def record_video(
     vla: VLA, domain: ModuleType, tasks: Iterable[str], episodes: int, path: str
 ) -> None:
-    """Write greedy episodes of the tasks, at the environment's own image size, as an .mp4."""
+    """Write greedy episodes of the tasks as an .mp4."""
     import imageio.v2 as imageio  # only here: it takes a second to import
 
+    for task in tasks:
+        check_task(task, domain)
     make_folder(Path(path).parent)
     # Renamed at the end, so that an interrupted video is not taken for a finished one.
     partial = Path(path).with_name(f".{Path(path).name}.partial.mp4")
     with imageio.get_writer(partial, fps=VIDEO_FPS, macro_block_size=2) as writer:
         for task in tasks:
-            check_task(task, domain)
-            env = domain.make(task, vla.config["image_size"])
-            repeat = max(1, round(VIDEO_FPS / env.metadata.get("render_fps", VIDEO_FPS)))
             for i in range(episodes):
-                obs, _ = env.reset(seed=EVAL_SEED + i)
-                terminated = truncated = False
-                while not (terminated or truncated):
-                    for _ in range(repeat):
-                        writer.append_data(env.render())
-                    with torch.no_grad():
-                        h, mask = vla.encode(obs[None], [domain.INSTRUCTIONS[task]])
-                        action = vla.act(h.float(), mask)[0].cpu().numpy()
-                    if not np.isfinite(action).all():
-                        raise UserError(NAN_ACTION)
-                    obs, _, terminated, truncated, _ = env.step(action)
-                for _ in range(VIDEO_FPS // 2):  # half a second of the last frame
-                    writer.append_data(env.render())
-            env.close()
+                for frame in episode_frames(vla, domain, task, EVAL_SEED + i):
+                    writer.append_data(frame)
     os.replace(partial, path)
 
 
