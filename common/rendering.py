@@ -104,14 +104,14 @@ def _thin_hull(model: mujoco.MjModel, mesh: int, cell: float) -> None:
         graph[address : address + faces.size] = corners[used][faces].ravel()
 
 
-def reduce_geometry(model: mujoco.MjModel) -> None:
-    """Draw a compiled model's round shapes and floors with fewer faces, in place. Physics does not change.
+def reduce_geometry(model: mujoco.MjModel, stacks: int = 4) -> None:
+    """Draw a compiled model's round shapes, boxes and floors with fewer faces, in place.
 
-    It takes two thirds off the time of an image. A floor's third size is the spacing of the grid
-    that is drawn: stock floors of 80 x 80 squares take as long as the arm.
+    stacks: rings of a sphere or cylinder. Physics does not change. A floor's third size is the
+    spacing of the grid that is drawn: a stock floor of 80 x 80 squares takes as long as an arm.
     """
     model.vis.quality.numslices = 12
-    model.vis.quality.numstacks = 4
+    model.vis.quality.numstacks = stacks
     model.vis.quality.numquads = 2
     floors = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
     model.geom_size[floors, 2] = np.maximum(model.geom_size[floors, 2], 0.5)
