@@ -60,7 +60,7 @@ PROTOCOL = {
     "action_repeat": ACTION_REPEAT,
     "camera": CAMERA,
     "near": NEAR_DISTANCE,
-    "drawing": "no shadows, arm as hulls, 12 slices, 2 x 2 pixels averaged",
+    "drawing": "no shadows, arm as hulls, 12 x 2 slices, floor 0.5 m, 2 x 2 pixels averaged",
     "gymnasium-robotics": version("gymnasium-robotics"),
     "mujoco": version("mujoco"),
 }
@@ -69,6 +69,8 @@ MAX_TRANSLATION = 0.02  # m that an action of 1 asks of one stock step
 MAX_ROTATION = 0.08  # rad that an action of 1 asks of one stock step
 RADIAN = 0.4  # m that one radian counts as in the inverse kinematics
 DAMPING = 0.05**2  # m^2, of the least squares
+DAMPING_MATRIX = DAMPING * np.eye(6)
+MAX_MOTION = np.repeat([MAX_TRANSLATION, RADIAN * MAX_ROTATION], 3)  # m, of a motion (6,)
 ARM_SHIFT = 0.05  # rad, half the range of each arm joint's start
 PUSH = 0.05  # m that the expert aims ahead when it pushes
 OPEN = 1.0  # the gripper's action
@@ -130,6 +132,7 @@ class Kitchen(gym.Env):
         self.succeeded = False
         # The stock task has no effect here.
         self.sim = KitchenEnv(tasks_to_complete=["slide cabinet"]).robot_env
+        self.sim._get_obs = self.measure_joints
         self.model = self.sim.model
         self.data = self.sim.data
         self.prepare_model()
@@ -167,9 +170,22 @@ class Kitchen(gym.Env):
             elif mesh.endswith("_col"):
                 m.geom_group[geom] = 0
                 m.geom_rgba[geom] = (0.92, 0.93, 0.90, 1)
-        rendering.reduce_geometry(m)
+        rendering.reduce_geometry(m, stacks=2)
         for material, colour in self.task.colours.items():
             m.mat_rgba[m.material(material).id, :3] = colour
+
+    def measure_joints(self) -> np.ndarray:
+        """Return the stock observation (18,), the robot's joint positions and velocities with noise, and keep it.
+
+        The stock method looks up each joint by its name, which takes as long as a tenth of an image.
+        """
+        sim = self.sim
+        position_noise = sim.robot_noise_ratio * sim.robot_pos_noise_amp[:9]
+        velocity_noise = sim.robot_noise_ratio * sim.robot_vel_noise_amp[:9]
+        position = sim.data.qpos[:9] + position_noise * sim.np_random.uniform(-1.0, 1.0, 9)
+        velocity = sim.data.qvel[:9] + velocity_noise * sim.np_random.uniform(-1.0, 1.0, 9)
+        sim._last_robot_qpos = position
+        return np.concatenate((position, velocity))
 
     # --- poses
 
@@ -220,8 +236,8 @@ class Kitchen(gym.Env):
         It leads to the initial posture and away from joint limits.
         """
         q = self.data.qpos[:7]
-        from_low = np.clip(self.low + 0.4 - q, 0, None)
-        from_high = np.clip(q - self.high + 0.4, 0, None)
+        from_low = np.maximum(self.low + 0.4 - q, 0)
+        from_high = np.maximum(q - self.high + 0.4, 0)
         return 0.03 * (self.initial_qpos[:7] - q) + 0.2 * (from_low - from_high)
 
     def joint_action(self, action: np.ndarray) -> np.ndarray:
@@ -232,14 +248,14 @@ class Kitchen(gym.Env):
         """
         d = self.data
         q = d.qpos[:7]
-        wanted = action[:6] * np.repeat([MAX_TRANSLATION, RADIAN * MAX_ROTATION], 3)
+        wanted = action[:6] * MAX_MOTION
         posture = self.posture_motion()
         position_jacobian, rotation_jacobian = self.jacobian()
         full_jacobian = np.vstack([position_jacobian, RADIAN * rotation_jacobian])  # (6, 7)
         free = np.ones(7)  # 0 for joints that are left out
         for _ in range(3):
             J = full_jacobian * free
-            inverse = J.T @ np.linalg.inv(J @ J.T + DAMPING * np.eye(6))  # (7, 6)
+            inverse = J.T @ np.linalg.inv(J @ J.T + DAMPING_MATRIX)  # (7, 6)
             dq = inverse @ (wanted - J @ (posture * free)) + posture * free  # (7,)
             below = (q + dq < self.low + 0.01) & (dq < 0)
             above = (q + dq > self.high - 0.01) & (dq > 0)
@@ -271,7 +287,7 @@ class Kitchen(gym.Env):
         posture = self.posture_motion()
         motion = J @ dq + DAMPING * np.linalg.pinv(J @ J.T, rcond=1e-3) @ J @ (dq - posture)
         opening = (d.qpos[7:9] + asked[7:]).mean() / 0.02 - 1
-        return np.array([*motion / np.repeat([MAX_TRANSLATION, RADIAN * MAX_ROTATION], 3), opening])
+        return np.array([*motion / MAX_MOTION, opening])
 
     # --- gymnasium
 

@@ -46,7 +46,8 @@ PROTOCOL = {
     "action_repeat": ACTION_REPEAT,
     "camera": CAMERA,
     "near": NEAR_CAMERA,
-    "drawing": "no shadows, no textures, arm as hulls, 12 slices, 2 x 2 pixels averaged",
+    "drawing": "no shadows, no textures, arm as hulls, hand as hulls of 1 cm, 12 x 4 slices, floor 0.5 m, "
+    "2 x 2 pixels averaged",
     "metaworld": version("metaworld"),
     "mujoco": version("mujoco"),
 }
@@ -97,6 +98,7 @@ INSTRUCTIONS |= {task: INSTRUCTIONS[variant.family] for task, variant in VARIANT
 
 # Their meshes collide with nothing.
 ARM_LINKS = ("pedestal", "base", "head", "l0", "l1", "l2", "l3", "l4", "l5")
+HULL_CELL = 0.01  # m to which the hulls of the gripper and the wrist are thinned in images
 # Fields that a task may change.
 MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_rgba", "geom_rgba")
 
@@ -128,6 +130,12 @@ def make_simulation(name: str, variant: Variant | None) -> gym.Env:
             # only in the second.
             super()._reset_hand(steps if self._freeze_rand_vec else 0)
 
+        # Meta-World's dense rewards use both. Success never depends on them.
+        touching_main_object = False
+
+        def _gripper_caging_reward(self, *args, **kwargs):
+            return 0.0
+
     sim = Simulation()
     if variant:
         space = sim._random_reset_space
@@ -140,6 +148,38 @@ def make_simulation(name: str, variant: Variant | None) -> gym.Env:
     sim._partially_observable = False
     del sim.sawyer_observation_space  # cached while the goal was hidden
     return sim
+
+
+def observe(sim: gym.Env) -> np.ndarray:
+    """Return Meta-World's observation (39,) of the present state, without rotations and the previous frame.
+
+    They take most of an observation's time, and neither scripted policies nor success depend on
+    them.
+    """
+    position = sim.data.xpos
+    body = sim.model.body
+    claws = position[body("rightclaw").id] - position[body("leftclaw").id]
+    objects = sim._get_pos_objects()
+    obs = np.zeros(39)
+    obs[:3] = position[body("hand").id]
+    obs[3] = min(np.linalg.norm(claws) / 0.1, 1.0)
+    for i in range(0, len(objects), 3):
+        begin = 4 + 7 * (i // 3)  # a position and a quaternion of each object
+        obs[begin : begin + 3] = objects[i : i + 3]
+    obs[-3:] = sim._get_pos_goal()
+    return obs
+
+
+def advance(sim: gym.Env, action: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Execute an action like Meta-World's `step`. Return the observation (39,) and whether the task is solved."""
+    sim.set_xyz_action(action[:3])
+    sim.data.ctrl[:] = action[-1], -action[-1]
+    mujoco.mj_step(sim.model, sim.data, sim.frame_skip)
+    mujoco.mj_forward(sim.model, sim.data)
+    space = sim.sawyer_observation_space
+    obs = np.clip(observe(sim), space.low, space.high)
+    _, info = sim.evaluate_state(obs, action)
+    return obs, bool(info["success"])
 
 
 class MetaWorld(gym.Env):
@@ -166,10 +206,12 @@ class MetaWorld(gym.Env):
             field: getattr(self.sim.model, field).copy() for field in MODEL_FIELDS
         }
         self.scripted_policy = ENV_POLICY_MAP[name]()
-        self.state = None  # Meta-World's observation (39,), which the scripted policy reads
+        self.state = None  # what `observe` returns, for the scripted policy
         self.env_steps = 0
         self.succeeded = False
-        self.renderer = rendering.Renderer(self.sim.model, rendering.make_camera(**CAMERA))
+        self.renderer = rendering.Renderer(
+            self.sim.model, rendering.make_camera(**CAMERA), HULL_CELL
+        )
         self.near_camera = rendering.make_camera(lookat=(0, 0, 0), **NEAR_CAMERA)
         self.observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
@@ -197,8 +239,7 @@ class MetaWorld(gym.Env):
             mujoco.mj_forward(sim.model, sim.data)
             sim.reset_model()
         mujoco.mj_forward(sim.model, sim.data)
-        sim._prev_obs = sim._get_curr_obs_combined_no_goal()
-        self.state = sim._get_obs()
+        self.state = observe(sim)
         return self.get_image(self.image_size), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -211,10 +252,9 @@ class MetaWorld(gym.Env):
         action = np.asarray(action, np.float32)
         if action.shape != (4,) or not np.isfinite(action).all():
             raise ValueError(f"an action must be 4 finite numbers (got {action})")
-        self.sim.curr_path_length = 0  # Meta-World refuses to go on after 500 of its steps
+        action = np.clip(action, -1.0, 1.0)
         for _ in range(ACTION_REPEAT):
-            self.state, _, _, _, info = self.sim.step(np.clip(action, -1.0, 1.0))
-            success = bool(info["success"])
+            self.state, success = advance(self.sim, action)
             if success and not self.succeeded:
                 break
         self.succeeded |= success

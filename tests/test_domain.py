@@ -249,6 +249,45 @@ def test_an_impossible_action_is_not_executed(domain, task):
     env.close()
 
 
+@pytest.mark.parametrize(
+    "task", ["hammer", "coffee-push", "sweep", "plate-slide", "reach", "drawer-open-new"]
+)
+def test_a_step_of_meta_world_is_its_own(task):
+    """Without rewards and rotations, states, success and the expert's actions are those of Meta-World's `step`."""
+    env = metaworld.make(task, 16)
+    env.reset(seed=3)
+    stock = metaworld.make(task, 16)
+    stock.reset(seed=3)
+    for _ in range(40):
+        action = metaworld.expert(env)
+        assert np.array_equal(action, metaworld.expert(stock))
+        *_, success, _, _ = env.step(action)
+        for _ in range(metaworld.ACTION_REPEAT):
+            stock.state, _, _, _, info = stock.sim.step(action)
+            if info["success"]:
+                break
+        assert np.array_equal(env.sim.data.qpos, stock.sim.data.qpos)
+        assert np.array_equal(env.sim.data.qvel, stock.sim.data.qvel)
+        assert success == bool(info["success"])
+        if success:
+            break
+    env.close()
+    stock.close()
+
+
+def test_coarse_drawing_is_seen_by_opengl_alone():
+    """Thinned hulls change an image by less than 2 of 255 on average, and leave physics its own hulls."""
+    env = metaworld.make("drawer-open", 64)
+    hulls = env.sim.model.mesh_graph.copy()
+    coarse = env.reset(seed=0)[0].astype(int)
+    assert np.array_equal(env.sim.model.mesh_graph, hulls)
+    env.renderer.hull_cell = 0.0
+    env.renderer.close()
+    difference = np.abs(env.get_image(64) - coarse)
+    assert 0 < difference.mean() < 2
+    env.close()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Surprises of the libraries
 
