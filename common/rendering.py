@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.opengl import opengl_error
 
 BUFFER_SIZE = 480  # px of the largest image
+NOT_DRAWN = 5  # a group of geoms that MuJoCo does not draw by default
 STL_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 
 
@@ -151,11 +152,18 @@ class Renderer:
     """Renders a model, by default from one camera.
 
     hull_cell: metres to which the drawn hulls of colliding meshes are thinned (default: 0, the
-    hulls of physics). It holds OpenGL resources from the first image to `close`. Both belong in one
+    hulls of physics). cull: leave out geoms outside the view, which pays from about 50 geoms on
+    (default: off). It holds OpenGL resources from the first image to `close`. Both belong in one
     thread.
     """
 
-    def __init__(self, model: mujoco.MjModel, camera: mujoco.MjvCamera, hull_cell: float = 0.0):
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        camera: mujoco.MjvCamera,
+        hull_cell: float = 0.0,
+        cull: bool = False,
+    ):
         model.vis.quality.shadowsize = 0
         model.vis.quality.offsamples = 0
         self.model = model
@@ -164,6 +172,10 @@ class Renderer:
         self.option = mujoco.MjvOption()
         # Draw colliding meshes as physics sees them.
         self.option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = True
+        self.cull = cull
+        self.geom_group = model.geom_group.copy()
+        # m of the bounding spheres, as a column. A floor is everywhere.
+        self.radius = np.where(model.geom_rbound > 0, model.geom_rbound, np.inf)[:, None]
         self.buffer = (0, 0)  # pixels of the off-screen buffer
         self.free = None  # a function that frees the OpenGL resources, while there are any
 
@@ -229,11 +241,35 @@ class Renderer:
             mujoco.mjr_resizeOffscreen(*self.buffer, self.context)
         # Another renderer may have been used.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        if self.cull:
+            self._hide_outside(data, camera, width / height)
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self.model, data, self.option, None, camera, everything, self.scene)
         mujoco.mjr_render(rect, self.scene, self.context)
         mujoco.mjr_readPixels(image, None, rect, self.context)
         return image[::-1]  # OpenGL's rows run upwards
+
+    def _hide_outside(self, data: mujoco.MjData, camera: mujoco.MjvCamera, aspect: float) -> None:
+        """Move the geoms whose bounding spheres lie outside the view to a group that is not drawn.
+
+        aspect: width / height. A compiled model's groups are for drawing alone.
+        """
+        mujoco.mjv_updateCamera(self.model, data, camera, self.scene)
+        left, right = self.scene.camera  # two eyes, between which a single image is seen
+        forward = left.forward
+        up = left.up
+        fx, fy, fz = forward.tolist()
+        ux, uy, uz = up.tolist()
+        side = np.array([fy * uz - fz * uy, fz * ux - fx * uz, fx * uy - fy * ux])
+        tall = left.frustum_top / left.frustum_near  # half the view, 1 m ahead
+        wide = tall * aspect
+        planes = np.array(
+            [forward * tall + up, forward * tall - up, forward * wide + side, forward * wide - side]
+        )
+        planes[:2] /= np.sqrt(1 + tall * tall)
+        planes[2:] /= np.sqrt(1 + wide * wide)
+        inside = (data.geom_xpos - (left.pos + right.pos) / 2) @ planes.T + self.radius
+        self.model.geom_group[:] = np.where(inside.min(1) < 0, NOT_DRAWN, self.geom_group)
 
     def render_views(
         self, data: mujoco.MjData, size: int, cameras: Sequence[mujoco.MjvCamera]

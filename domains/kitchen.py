@@ -136,7 +136,7 @@ class Kitchen(gym.Env):
         self.model = self.sim.model
         self.data = self.sim.data
         self.prepare_model()
-        self.renderer = rendering.Renderer(self.model, rendering.make_camera(**CAMERA))
+        self.renderer = rendering.Renderer(self.model, rendering.make_camera(**CAMERA), cull=True)
         self.near_camera = rendering.make_camera(**CAMERA | {"distance": NEAR_DISTANCE})
         self.observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
