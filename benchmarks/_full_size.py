@@ -31,7 +31,7 @@ def build_full_size(folder: str | Path) -> None:
     """Write it in HF's layout, in bfloat16. It is never held in float32."""
     with torch.device("meta"):
         vlm = Blip2ForConditionalGeneration(paper_config())
-    vlm = vlm.to(torch.bfloat16).to_empty(device="cpu")
+    vlm = vlm.to(torch.bfloat16).to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     vlm.tie_weights()
     with torch.no_grad():
         for name, p in vlm.named_parameters():
