@@ -32,7 +32,7 @@ GRIPPER_HINTS = {  # why a gripper may not move
     "robotiq": " (it needs /activate_gripper after each start of the robot server)",
 }
 SHAPES = {"pose": 7, "vel": 6, "force": 3, "torque": 3, "q": 7, "dq": 7}
-OFF = ("", "0", "no", "false", "off")
+OFF = ("", "0", "n", "no", "f", "false", "off")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RobotConfig:
 
     @property
     def is_dry(self) -> bool:
-        return self.dry.lower() not in OFF
+        return self.dry.strip().lower() not in OFF
 
     def __str__(self) -> str:
         return (
