@@ -41,12 +41,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.cli import POSITIVE_ARGS, check_numbers
 from common.devices import pick_device, use_threads
 from common.episode_file import EVAL_SEED
 from common.errors import UserError, run_cli
 from common.files import check_output, make_folder, read_json, write_json
 from common.rates import COMMON_PROTOCOL, all_tasks, check_task, summary, wilson
-from common.runs import POSITIVE_ARGS, Stage, check_numbers, checkpoint_config
+from common.runs import Stage, checkpoint_config
 from common.vector_env import NAN_ACTION, run_episodes
 from common.versions import versions
 from domains import load_domain, robot_reason

@@ -12,7 +12,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of a quota, of ulimit -f
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # the disk, a quota, or the file size of `ulimit -f`
 _resumes = True  # whether this process's command continues from a saved state
 
 

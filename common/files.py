@@ -153,8 +153,10 @@ def read_entries(path: str | Path, kinds: dict[str, type], remedy: str = "restor
     return value
 
 
-def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict, dict]:
-    """Return ({name: tensor}, metadata) of a safetensors file. Raises UserError if it is missing or truncated."""
+def read_tensors(
+    path: str | Path, device: str = "cpu", remedy: str = "restore it, or use another checkpoint"
+) -> tuple[dict, dict]:
+    """Return ({name: tensor}, metadata) of a safetensors file. Raises UserError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  it is not a dict
@@ -165,6 +167,4 @@ def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict, dict]:
             f"incomplete checkpoint: {path} is missing; use another checkpoint"
         ) from error
     except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete its folder and rerun the command"
-        ) from error
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error

@@ -9,7 +9,6 @@ cannot be stored, start new episodes.
 """
 
 import json
-import math
 import os
 import re
 import resource
@@ -24,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
+from common.cli import check_numbers
 from common.distributed import barrier, rank_and_world_size
 from common.errors import UserError
 from common.files import (
@@ -52,12 +52,6 @@ NON_IDENTITY_ARGS = (
     "accumulate",
     "checkpointing",
 )
-# Arguments that must be more than 0; the others must be at least 0.
-POSITIVE_ARGS = (
-    "accumulate", "actor_every", "alpha", "batch", "envs", "epochs", "image_size", "lora_rank", "minibatch", "n_step",
-    "rollout", "threads",
-)  # fmt: skip
-ANY_SIGN_ARGS = ("target_entropy",)
 # Arguments of older runs, by the names that they have today.
 RENAMED_ARGS = {"noise": "action_noise_std", "kicks": "random_burst_prob"}
 RENAMED_SACFD_ARGS = {
@@ -109,24 +103,6 @@ def is_hub_name(name: str | Path) -> bool:
         bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)))
         and not Path(name).parent.exists()
     )
-
-
-def check_numbers(args: object, positive: Iterable[str] = POSITIVE_ARGS, prefix: str = "") -> None:
-    """Check that numbers are finite and >= 0, and > 0 if listed in `positive`. Raises UserError."""
-    values = args if isinstance(args, dict) else asdict(args)
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_numbers(value, positive, f"{name}.")
-        if not isinstance(value, (int, float)):
-            continue
-        flag = f"--{prefix}{name.replace('_', '-')}"
-        if not math.isfinite(value):
-            raise UserError(f"{flag} must be finite (got {value})")
-        if name in positive and isinstance(value, float) and value <= 0:
-            raise UserError(f"{flag} must be more than 0 (got {value})")
-        least = int(name in positive and isinstance(value, int))
-        if value < least and name not in ANY_SIGN_ARGS:
-            raise UserError(f"{flag} must be at least {least} (got {value})")
 
 
 def renamed(args: dict) -> dict:
@@ -239,7 +215,7 @@ class Stage:
             if self.writes:
                 log.unlink(missing_ok=True)
             return {}, {}
-        tensors, meta = read_tensors(path)
+        tensors, meta = read_tensors(path, remedy="delete its folder and rerun the command")
         barrier()  # before rank 0 may write another
         counters = StateEntries(path, json.loads(StateEntries(path, meta)["counters"]))
         self.seconds = counters["seconds"]

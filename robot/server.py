@@ -56,7 +56,9 @@ class RobotConfig:
 
         Raises UserError for an unknown value, and if a robot is described without its address.
         """
-        values = {f.name: os.environ.get(f"ROBOT_{f.name.upper()}") for f in fields(cls)}
+        values = {
+            f.name: os.environ.get(f"ROBOT_{f.name.upper()}", "").strip() for f in fields(cls)
+        }
         config = cls(**{name: value for name, value in values.items() if value})
         described = [name for name, value in values.items() if value]
         if described and not config.url:

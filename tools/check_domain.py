@@ -33,11 +33,11 @@ from types import ModuleType
 import gymnasium as gym
 import numpy as np
 
+from common.cli import check_numbers
 from common.errors import run_cli
 from common.figures import pyplot
 from common.files import atomic_write, check_output
 from common.rates import splits
-from common.runs import check_numbers
 from domains import load_domain
 from evaluate import only_simulated
 from report import COLOURS, LABELS

@@ -53,13 +53,13 @@ import stage0_sft
 import stage_rl
 import stage_sft
 from common.backbone import build_tiny, pick_dtype, read_config
+from common.cli import check_numbers
 from common.cpus import usable_cpus
 from common.devices import check_memory, free_memory, pick_device
 from common.episode_file import episode_ids
 from common.errors import UserError, run_cli
 from common.files import read_json
 from common.rates import all_tasks, splits
-from common.runs import check_numbers
 from domains import load_domain, robot_reason
 from report import stage_order
 from tools.costs import VLACosts, measure_speed, vla_costs, weights_are_here
