@@ -65,7 +65,7 @@ MAX_SEED = 600  # stage 1's initial states of later seeds would be the evaluatio
 # The state, and SACfD's replay buffer.
 TEMPORARY_FILES = re.compile(r"(state|priority|replay-\d+)\.safetensors")
 # Seconds between two saved states; the tests shorten it.
-SAVE_INTERVAL = float(os.environ.get("SAVE_INTERVAL", 60))
+SAVE_INTERVAL = float(os.environ.get("SAVE_INTERVAL") or 60)
 
 
 # The entries of a checkpoint's config.json that are read.
