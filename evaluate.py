@@ -45,7 +45,7 @@ from common.cli import POSITIVE_ARGS, check_numbers
 from common.devices import pick_device, use_threads
 from common.episode_file import EVAL_SEED
 from common.errors import UserError, run_cli
-from common.files import check_output, make_folder, read_json, write_json
+from common.files import check_writable, make_folder, read_json, write_json
 from common.rates import COMMON_PROTOCOL, all_tasks, check_task, summary, wilson
 from common.runs import Stage, checkpoint_config
 from common.vector_env import NAN_ACTION, run_episodes
@@ -215,7 +215,9 @@ def main(args: Args) -> None:
     only_simulated(domain, "evaluate.py")
     out = args.out or args.video or ("" if args.tasks else folder / "eval.json")
     if out:  # not after the work
-        check_output(out, "--video" if args.video else "--out")
+        if Path(out).is_dir():
+            raise UserError(f"{out} is a folder: name a file")
+        check_writable(make_folder(Path(out).parent), "choose another place with --out")
     vla = VLA.load(folder, device=pick_device(args.device))
     if args.video:
         record_video(vla, domain, tasks, args.episodes, args.video)

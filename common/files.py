@@ -65,11 +65,11 @@ def check_writable(folder: str | Path, remedy: str) -> None:
         raise UserError(f"{folder} is not writable ({error.strerror}): {remedy}") from error
 
 
-def check_output(path: str | Path, flag: str = "--out") -> None:
+def check_output(path: str | Path) -> None:
     """Raise UserError, before the work, if its result cannot be written to this file. Creates the file's folder."""
     if Path(path).is_dir():
-        raise UserError(f"{flag} {path} is a folder: name a file")
-    check_writable(make_folder(Path(path).parent), f"use another {flag}")
+        raise UserError(f"--out {path} is a folder: name a file")
+    check_writable(make_folder(Path(path).parent), "use another --out")
 
 
 def flush(path: Path) -> None:
