@@ -29,6 +29,7 @@ import torch
 
 from common.episode_file import FrameReader, episode_files, open_episode
 from common.errors import UserError
+from common.files import check_links
 
 
 class EpisodeDataset:
@@ -60,6 +61,7 @@ class EpisodeDataset:
                 episode += [len(self.paths) - 1] * length
             added = len(frame) - before
             if not added:
+                check_links(folder)
                 raise UserError(f"{folder} holds no episodes: rerun the command that collects them")
             probability += [weight / added] * added
         self.frame = np.array(frame)
@@ -69,13 +71,20 @@ class EpisodeDataset:
     def add(self, path: Path, domain: ModuleType, image_size: int) -> int:
         """Add one episode file and return its number of frames."""
         handle, header = open_episode(path)
-        protocol = json.dumps(domain.PROTOCOL, sort_keys=True)
-        for key, expected in (("domain", domain.NAME), ("protocol", protocol)):
-            if header[key] not in (expected, "null"):  # null: imported, and nobody knows
+        protocol = json.loads(json.dumps(domain.PROTOCOL))
+        for key, found, expected in (
+            ("domain", header["domain"], domain.NAME),
+            ("protocol", json.loads(header["protocol"]), protocol),
+        ):
+            if found not in (expected, None):  # None: imported, and nobody knows
                 raise UserError(
-                    f"{path} was recorded with {key} {header[key]}, but this is {expected}: "
+                    f"{path} was recorded with {key} {found}, but this is {expected}: "
                     f"delete its folder and rerun the command to collect it again"
                 )
+        if not header["instruction"].strip():
+            raise UserError(
+                f"{path} has no instruction, which the VLM needs: delete it and collect again"
+            )
         images = FrameReader(path, handle.get_slice("image").get_shape())
         T, H, W, _ = images.shape
         if (image_size, image_size) != (H, W):
@@ -84,9 +93,9 @@ class EpisodeDataset:
                 f"use that size, or delete its folder to collect again"
             )
         action = handle.get_tensor("action")
-        if not np.isfinite(action).all():
+        if not (np.abs(action) <= 1).all():
             raise UserError(
-                f"{path} holds actions that are not finite: delete it and collect again"
+                f"{path} holds actions that are not in [-1, 1] or not finite: delete it and collect again"
             )
         if self.actions and action.shape[1] != self.actions[0].shape[1]:
             raise UserError(

@@ -41,12 +41,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.cli import POSITIVE_ARGS, check_numbers
 from common.devices import pick_device, use_threads
 from common.episode_file import EVAL_SEED
 from common.errors import UserError, run_cli
 from common.files import check_writable, make_folder, read_json, write_json
 from common.rates import COMMON_PROTOCOL, all_tasks, check_task, summary, wilson
-from common.runs import POSITIVE_ARGS, Stage, check_integers, checkpoint_config
+from common.runs import Stage, checkpoint_config
 from common.vector_env import NAN_ACTION, run_episodes
 from common.versions import versions
 from domains import load_domain, robot_reason
@@ -212,9 +213,11 @@ def record_video(
 
 
 def main(args: Args) -> None:
-    check_integers(args, (*POSITIVE_ARGS, "episodes"))
+    check_numbers(args, (*POSITIVE_ARGS, "episodes"))
     if args.video and not args.video.endswith(".mp4"):
         raise UserError(f"--video must end in .mp4 (got {args.video})")
+    if args.video and (args.out or args.hold):
+        raise UserError("--video records episodes and measures nothing: leave out --out and --hold")
     use_threads(args.threads)
     folder = local_checkpoint(args.checkpoint)
     domain = load_domain(checkpoint_config(folder)["domain"])
@@ -224,6 +227,8 @@ def main(args: Args) -> None:
     only_simulated(domain, "evaluate.py")
     out = args.out or args.video or ("" if args.tasks else folder / "eval.json")
     if out:  # not after the work
+        if Path(out).is_dir():
+            raise UserError(f"{out} is a folder: name a file")
         check_writable(make_folder(Path(out).parent), "choose another place with --out")
     vla = VLA.load(folder, device=pick_device(args.device))
     if args.video:

@@ -49,7 +49,7 @@ from common.backbone import build_tiny, download_checkpoint, load_backbone, pick
 from common.digests import check_digests, digests
 from common.distributed import barrier, rank_and_world_size
 from common.errors import UserError
-from common.files import read_json, read_tensors, write_json
+from common.files import check_links, read_json, read_tensors, write_json
 from common.runs import checkpoint_config, is_hub_name
 from common.versions import versions
 
@@ -377,7 +377,7 @@ class VLA(nn.Module):
         or damaged.
         """
         folder = local_checkpoint(folder)
-        config = checkpoint_config(folder)
+        config = checkpoint_config(folder, "vlm", "image_size", "dtype")
         check_digests(folder, config.get("sha256", {}))
         if domain is not None and config["domain"] != domain:
             raise UserError(
@@ -431,6 +431,7 @@ def local_checkpoint(name: str | Path) -> Path:
     """Return a checkpoint's folder. One on the hub, such as user/name, is downloaded. Raises UserError."""
     folder = Path(download_checkpoint(name) if is_hub_name(name) else name)
     if not folder.is_dir():
+        check_links(folder)
         raise UserError(
             f"{folder} is not a checkpoint folder: use the path of one, such as runs/<name>/0-sft"
         )

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.cli import parse_command
+from common.cli import check_numbers, parse_command
 from common.episode_file import (
     EVAL_SEED,
     ONLINE_SEED,
@@ -35,8 +35,15 @@ from common.episode_file import (
     write_episode,
 )
 from common.errors import UserError, run_cli
-from common.files import atomic_write, read_json, write_json
-from common.rates import wilson
+from common.files import (
+    atomic_write,
+    check_output,
+    check_writable,
+    make_folder,
+    read_entries,
+    write_json,
+)
+from common.rates import check_task, wilson
 from domains import load_domain
 from robot.limits import Fault
 from robot.server import RobotConfig, possible_grippers
@@ -130,7 +137,7 @@ def check_cameras(env) -> None:
         _, first, _ = camera.read(64, 32)
         time.sleep(0.3)
         image, number, age = camera.read(64, 32)
-        if age > env.limits.frame_age or number == first:
+        if not age <= env.limits.frame_age or number == first:
             raise UserError(
                 f"the {name} camera is frozen: its newest frame is {age:.1f} s old; plug it in again"
             )
@@ -261,8 +268,11 @@ def collect(
         greedy. A policy that hesitates stands
             still forever unless it explores; in simulation SACfD's attempts use 0.25.
     """
+    check_numbers({"successes": successes, "std": std}, ("successes",))
     domain = load_domain("panda")
     out = Path(out)
+    for folder in filter(None, (out, frames)):  # before somebody's work
+        check_writable(make_folder(folder), "use another folder")
     have = len(episode_ids(out))
     if have >= successes:
         print(f"{out} already holds {have} successes")
@@ -318,6 +328,7 @@ def train(checkpoint: str, task: str, out: str, env_steps: int | None = None) ->
         stage_rl.py's. When it is spent, the best policy is
             saved.
     """
+    check_task(task, load_domain("panda"))
     print(RobotConfig.from_environment())
     folder = Path(out).parent / "D_rl" / task
     have = len(executed_episodes(folder))
@@ -354,6 +365,9 @@ def evaluate(checkpoint: str, task: str, episodes: int = 25, out: str = "") -> N
         episodes: number of episodes that count.
         out: JSON file for the outcomes; empty: none. With a file, the same command resumes.
     """
+    check_numbers({"episodes": episodes}, ("episodes",))
+    if out:  # before somebody's work
+        check_output(out)
     about = {"checkpoint": checkpoint, "task": task}
     outcomes = load_outcomes(out, about)
     first = max((row["seed"] + 1 for row in outcomes), default=EVAL_SEED)
@@ -389,7 +403,7 @@ def load_outcomes(out: str, about: dict) -> list[dict]:
     """Return the outcomes in `out`, if it exists. Raises UserError if they belong to another evaluation."""
     if not out or not Path(out).exists():
         return []
-    old = read_json(out)
+    old = read_entries(out, {}, "choose another file, or delete it")
     outcomes = old.pop("outcomes", [])
     if old != about:
         raise UserError(
@@ -414,6 +428,8 @@ def classifier(frames: str, out: str, steps: int = 500) -> None:
             through them first.
         out: file of the classifier, for ROBOT_REWARD. steps: optimizer steps, each on 64 images.
     """
+    check_numbers({"steps": steps}, ("steps",))
+    check_output(out)
     from robot.classifier import train_classifier
 
     n, false, missed = train_classifier(frames, out, steps)
@@ -424,4 +440,7 @@ def classifier(frames: str, out: str, steps: int = 500) -> None:
 
 if __name__ == "__main__":
     COMMAND = parse_command([check, collect, train, evaluate, classifier], __doc__)
-    run_cli(lambda command: command(), COMMAND)
+    try:
+        run_cli(lambda command: command(), COMMAND)
+    finally:  # all is closed, so a second Ctrl-C has nothing to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

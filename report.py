@@ -31,7 +31,7 @@ import numpy as np
 
 from common.errors import UserError, run_cli
 from common.figures import pyplot
-from common.files import atomic_write, check_writable, read_json, write_json
+from common.files import atomic_write, check_links, check_writable, read_entries, write_json
 from common.rates import COMMON_PROTOCOL, all_tasks, costs, splits, wilson
 from common.runs import checkpoint_config, is_hub_name
 from domains import load_domain
@@ -53,7 +53,7 @@ def stage_order(folder: str | Path) -> list[Path]:
 
 def method_and_seed(stages: list[Path]) -> tuple[str, int]:
     """Return loop.sh's METHOD and SEED of a run, by the arguments that its stages recorded."""
-    recorded = [read_json(stage / "stage.json")["args"] for stage in stages]
+    recorded = [read_entries(stage / "stage.json", {"args": dict})["args"] for stage in stages]
     method = "ire-vla"
     if any(args.get("train_vlm") for args in recorded):
         method = "ppo-replay"
@@ -61,13 +61,25 @@ def method_and_seed(stages: list[Path]) -> tuple[str, int]:
         method = "ire-vla-freeze"
     elif len(stages) > 1 and not any("-rl-" in stage.name for stage in stages):
         method = "sft-only"
-    return method, recorded[-1]["seed"]
+    return method, recorded[-1].get("seed", 0)
 
 
 def count(tasks: dict[str, dict], names: Iterable[str]) -> dict[str, int]:
     """Return {"successes": k, "episodes": n} of some tasks of an eval.json."""
     outcomes = [outcome for name in names for outcome in tasks[name]["success"]]
     return {"successes": sum(outcomes), "episodes": len(outcomes)}
+
+
+def read_evaluation(stage: Path) -> dict:
+    """Return a stage's eval.json. Raises UserError if it holds something else than evaluate.py writes."""
+    again = f"delete it, then run python evaluate.py --checkpoint {stage}"
+    path = stage / "eval.json"
+    evaluated = read_entries(path, {"protocol": dict, "tasks": dict}, again)
+    for task, row in evaluated["tasks"].items():
+        outcomes = row.get("success") if isinstance(row, dict) else None
+        if not isinstance(outcomes, list) or not outcomes or not all(x in (0, 1) for x in outcomes):
+            raise UserError(f"{path} has no outcomes of {task}: {again}")
+    return evaluated
 
 
 def make_row(stage: Path, tasks: dict[str, dict], spent: list[dict], domain: ModuleType) -> dict:
@@ -102,11 +114,12 @@ def make_report(args: Args) -> dict:
     """Return the content of report.json. Raises UserError for a run without a finished or an evaluated stage."""
     stages = stage_order(args.run)
     if not stages:
+        check_links(args.run)
         raise UserError(
             f"{args.run} has no finished stage: run loop.sh first, or use another --run"
         )
     check_writable(args.run, "change its permissions, or copy the run")
-    config = checkpoint_config(stages[0])
+    config = checkpoint_config(stages[0], "vlm", "image_size")
     method, seed = method_and_seed(stages)
     domain = load_domain(args.domain or config["domain"])
     rows = []
@@ -116,10 +129,10 @@ def make_report(args: Args) -> dict:
     older = {**COMMON_PROTOCOL, "image_size": config["image_size"]}
     made_by: dict[str, list[str]] = {}
     for stage in stages:
-        spent.append(read_json(stage / "summary.json"))
+        spent.append(read_entries(stage / "summary.json", {"seconds": float, "env_steps": int}))
         if not (stage / "eval.json").exists():
             continue  # it has no row; its cost goes into the next row
-        evaluated = read_json(stage / "eval.json")
+        evaluated = read_evaluation(stage)
         stage_protocol = older | evaluated["protocol"]
         if protocol not in (None, stage_protocol):
             raise UserError(
@@ -244,7 +257,7 @@ The VLM without the action head, by the libraries' own classes:
 
 def model_card(checkpoint: Path, text: str) -> str:
     """Return a checkpoint's README.md for the Hugging Face hub. text: the report's."""
-    config = read_json(checkpoint / "config.json")
+    config = checkpoint_config(checkpoint)
     name = checkpoint.name
     has_lora = (checkpoint / "adapter_config.json").exists()
     vlm = f"{name}/vlm" if config["weights"] == "vlm" else config["weights"]

@@ -76,6 +76,7 @@ import torch
 from tqdm import tqdm
 
 from common.augment import augment, draw_augmentation
+from common.backbone import TINY_PATCH
 from common.demonstrations import Recording, collect_demonstrations
 from common.devices import pick_device, use_threads
 from common.distributed import barrier, broadcast, mean_over_ranks, rank_and_world_size
@@ -328,10 +329,11 @@ def record_demonstrations(
 
 def main(args: Args) -> None:
     domain = load_domain(args.domain)
-    if args.image_size % domain.NUM_VIEWS:
+    unit = math.lcm(domain.NUM_VIEWS, TINY_PATCH if args.vlm == "tiny" else 1)
+    if args.image_size % unit:
         raise UserError(
-            f"--image-size must be a multiple of {domain.NUM_VIEWS}, {args.domain}'s number of views "
-            f"(got {args.image_size})"
+            f"--image-size must be a multiple of {unit}, for {args.domain}'s {domain.NUM_VIEWS} view(s) and the VLM's "
+            f"patches (got {args.image_size})"
         )
     args.batch = domain.SFT_BATCH if args.batch is None else args.batch
     stage = Stage(args)

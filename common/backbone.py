@@ -21,6 +21,7 @@ from common.devices import free_memory
 from common.errors import UserError
 from common.files import read_json, read_tensors
 
+TINY_PATCH = 16  # pixels of the square patches of `tiny`
 MAX_WEIGHTS_SHARE = 0.6  # share of the free memory that float32 weights may take
 
 hf_logging.disable_progress_bar()
@@ -153,7 +154,7 @@ def build_tiny(
     sentences: list[str],
     image_size: int,
     width: int = 128,
-    patch: int = 16,
+    patch: int = TINY_PATCH,
     layers: tuple[int, int, int] = (2, 1, 2),
     queries: int = 8,
 ) -> None:

@@ -1,11 +1,13 @@
-"""The command line of a script."""
+"""The command line of a script, and its numbers."""
 
 import contextlib
 import functools
 import gc
+import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +16,13 @@ import tyro
 from common.errors import UserError
 from common.files import read_json
 from common.processes import start_fork_server
+
+# Arguments that must be more than 0; the others must be at least 0.
+POSITIVE_ARGS = (
+    "accumulate", "actor_every", "alpha", "batch", "envs", "epochs", "image_size", "lora_rank", "minibatch", "n_step",
+    "rollout", "threads",
+)  # fmt: skip
+ANY_SIGN_ARGS = ("target_entropy",)
 
 T = TypeVar("T")
 
@@ -79,3 +88,21 @@ def defer(command: Callable) -> Callable:
         return functools.partial(command, *args, **kwargs)
 
     return later
+
+
+def check_numbers(args: object, positive: Iterable[str] = POSITIVE_ARGS, prefix: str = "") -> None:
+    """Check that numbers are finite and >= 0, and > 0 if listed in `positive`. Raises UserError."""
+    values = args if isinstance(args, dict) else asdict(args)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_numbers(value, positive, f"{name}.")
+        if not isinstance(value, (int, float)):
+            continue
+        flag = f"--{prefix}{name.replace('_', '-')}"
+        if not math.isfinite(value):
+            raise UserError(f"{flag} must be finite (got {value})")
+        if name in positive and isinstance(value, float) and value <= 0:
+            raise UserError(f"{flag} must be more than 0 (got {value})")
+        least = int(name in positive and isinstance(value, int))
+        if value < least and name not in ANY_SIGN_ARGS:
+            raise UserError(f"{flag} must be at least {least} (got {value})")

@@ -1,7 +1,9 @@
 """Record D_e: episodes of a domain's scripted expert, in worker processes that import no torch."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,9 +41,15 @@ class Recording:
         return [task for task in tasks if len(episode_ids(self.root / task)) < num_demos]
 
 
-def ignore_interrupt() -> None:
-    """Leave Ctrl-C to the main process. Workers end with it."""
+def follow_parent() -> None:
+    """Leave Ctrl-C to the main process, and end with it even if it is killed: nothing else would end this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def record_attempt(recording: Recording, task: str, k: int) -> str:
@@ -122,7 +130,7 @@ def collect_demonstrations(
     )
     context = multiprocessing.get_context("forkserver")
     with starting_workers():
-        pool = ProcessPoolExecutor(num_workers, context, ignore_interrupt)
+        pool = ProcessPoolExecutor(num_workers, context, follow_parent)
     try:
         lacking = recording.lacking(domain.EXPERT_TASKS, num_demos)
         while lacking:

@@ -17,7 +17,7 @@ def pick_device(name: str = "") -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device == torch.device("cuda"):  # each of several processes has its own
             device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {name} is not usable here ({error}): leave it out, or use cpu"

@@ -10,20 +10,21 @@ import torch
 
 from common.errors import UserError
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 PATIENCE = 10  # seconds of waiting before it is reported
 
 
 def launched_world_size() -> int:
-    """Return how many processes a launcher has started, by its variables. Raises UserError if some are missing."""
+    """Return how many processes a launcher has started. Raises UserError if its variables are not all there."""
     value = os.environ.get("WORLD_SIZE", "").strip()
     if value in ("", "1"):
         return 1
-    missing = [name for name in LAUNCHER_VARIABLES if not os.environ.get(name)]
-    if missing or not value.isdecimal():
-        lacking = f", but {', '.join(missing)} is not" if missing else ""
+    wrong = [name for name in LAUNCHER_NUMBERS if not os.environ.get(name, "").isdecimal()]
+    wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if wrong or value == "0":
         raise UserError(
-            f"WORLD_SIZE={value} is set{lacking}: unset it, or start the stage with torchrun, which sets them all"
+            f"WORLD_SIZE={value} is set, but {', '.join(wrong) or 'WORLD_SIZE'} is missing or not valid: unset it, or "
+            f"start the stage with torchrun, which sets them all"
         )
     return int(value)
 

@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, check_links
 from common.versions import versions
 
 FORMAT = "ire-vla episode 1"
+HEADER = {"domain", "task", "instruction", "protocol"}  # entries that every reader uses
 
 # Every initial state is drawn from a seed. Each use has its own range of seeds, so that none leaks
 # into another.
@@ -84,8 +85,11 @@ def write_episode(
 def open_episode(path: str | Path) -> tuple[safe_open, dict[str, str]]:
     """Return (handle, header) of an episode file, memory-mapped. `handle.get_slice("image")[t]` reads one frame.
 
-    Raises UserError for a file that is truncated or is not an episode.
+    Raises UserError for a file that is truncated or is not an episode, and OSError if it cannot be read.
     """
+    check_links(path)
+    with open(path, "rb"):  # its error has the cause and the file's name
+        pass
     try:
         handle = safe_open(path, framework="np")
         header = handle.metadata() or {}
@@ -93,13 +97,23 @@ def open_episode(path: str | Path) -> tuple[safe_open, dict[str, str]]:
             raise UserError(
                 f"{path} is not an episode of this project ({FORMAT!r}): move it out of that folder"
             )
-        T, _, _, C = handle.get_slice("image").get_shape()
-        lengths = handle.get_slice("action").get_shape()[0], *handle.get_slice("reward").get_shape()
-        if C != 3 or lengths != (T, T):
+        if not header.keys() >= HEADER:
+            raise UserError(
+                f"{path} lacks {min(HEADER - header.keys())} in its header: delete it and collect again"
+            )
+        json.loads(header["protocol"])
+        image, action, reward = (handle.get_slice(name) for name in ("image", "action", "reward"))
+        T, _, _, C = image.get_shape()
+        if C != 3 or (action.get_shape()[0], *reward.get_shape()) != (T, T) or T == 0:
             raise UserError(
                 f"{path}: image, action and reward differ in length; delete the file and collect again"
             )
-    except (SafetensorError, ValueError, OSError) as error:
+        if (image.get_dtype(), action.get_dtype(), len(action.get_shape())) != ("U8", "F32", 2):
+            raise UserError(
+                f"{path}: image must be uint8 and action (T, A) float32 (got {image.get_dtype()} and "
+                f"{action.get_shape()} {action.get_dtype()}): convert it with write_episode of common/episode_file.py"
+            )
+    except (SafetensorError, ValueError) as error:
         raise UserError(
             f"{path} is not a complete episode file ({error}): delete it and collect again"
         ) from error
@@ -108,7 +122,7 @@ def open_episode(path: str | Path) -> tuple[safe_open, dict[str, str]]:
 
 def episode_files(folder: str | Path) -> list[Path]:
     """Return the episode files in `folder`, sorted. Files with other names than 000017.safetensors are ignored."""
-    return sorted(p for p in Path(folder).glob("[0-9]*.safetensors") if p.stem.isdecimal())
+    return sorted(Path(folder).glob(f"{'[0-9]' * 6}.safetensors"))
 
 
 def episode_folders(root: str | Path) -> list[Path]:

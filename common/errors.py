@@ -13,7 +13,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # the disk, a quota, or the file size of `ulimit -f`
 _resumes = True  # whether this process's command continues from a saved state
 
 
@@ -30,8 +34,11 @@ class Stopped(KeyboardInterrupt):
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Return whether an OSError or a SafetensorError reports a full disk."""
-    return "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+    """Return whether an OSError or a SafetensorError reports a full disk, quota or file size limit."""
+    # A SafetensorError has its number in the text alone.
+    return getattr(error, "errno", None) in FULL or any(
+        f"os error {number})" in str(error) for number in FULL
+    )
 
 
 def resume_hint() -> str:
@@ -85,12 +92,12 @@ def run_cli(main: Callable, args: object, resumes: bool = True) -> None:
             sys.exit(
                 f"error: no space left on the disk of {name or Path.cwd()}: free some. {resume_hint()}"
             )
-        if getattr(error, "errno", None) in NO_PERMISSION and name:
-            sys.exit(
-                f"error: no permission for {name} ({error.strerror}): "
-                f"change its permissions, or choose another place. {resume_hint()}"
-            )
-        raise
+        if name is None:  # not a file
+            raise
+        sys.exit(
+            f"error: {name} cannot be used ({error.strerror}): correct it or its permissions, or choose another place. "
+            f"{resume_hint()}"
+        )
     except RuntimeError as error:
         # Not imported here, so that commands without it start quickly.
         torch = sys.modules.get("torch")

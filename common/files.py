@@ -39,14 +39,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         tmp.unlink(missing_ok=True)
 
 
-def make_folder(path: str | Path) -> Path:
-    """Create a folder and its parents if they are missing. Raises UserError for a link whose target is missing."""
-    path = Path(path)
-    for part in (path, *path.parents):
+def check_links(path: str | Path) -> None:
+    """Raise UserError if a path is or passes a link whose target is missing, such as a disk that is not mounted."""
+    for part in (Path(path), *Path(path).parents):
         if part.is_symlink() and not part.exists():
             raise UserError(
                 f"{part} is a link to {os.readlink(part)}, which does not exist: mount or create it"
             )
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents if they are missing. Raises UserError for a link whose target is missing."""
+    path = Path(path)
+    check_links(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -58,6 +63,13 @@ def check_writable(folder: str | Path, remedy: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder} is not writable ({error.strerror}): {remedy}") from error
+
+
+def check_output(path: str | Path) -> None:
+    """Raise UserError, before the work, if its result cannot be written to this file. Creates the file's folder."""
+    if Path(path).is_dir():
+        raise UserError(f"--out {path} is a folder: name a file")
+    check_writable(make_folder(Path(path).parent), "use another --out")
 
 
 def flush(path: Path) -> None:
@@ -108,31 +120,51 @@ def write_json(path: str | Path, value: object) -> None:
         tmp.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: str | Path) -> object:
-    """Return a JSON file's value. Raises UserError if it is missing or not JSON."""
+def read_json(path: str | Path, remedy: str = "restore it, or use another checkpoint") -> object:
+    """Return a JSON file's value. Raises UserError if it is missing, or not JSON: with the remedy."""
     try:
         return json.loads(Path(path).read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
+        check_links(path)
         raise UserError(
             f"incomplete checkpoint: {path} is missing; use another checkpoint"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not JSON ({error}): restore it, or delete its folder and train again"
-        ) from error
+        raise UserError(f"{path} is not JSON ({error}): {remedy}") from error
 
 
-def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict, dict]:
-    """Return ({name: tensor}, metadata) of a safetensors file. Raises UserError if it is missing or truncated."""
+def check_entries(
+    path: str | Path, value: object, kinds: dict[str, type], remedy: str = "restore it"
+) -> None:
+    """Raise UserError if the value of a JSON file is not an object with these entries of these types."""
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: {remedy}")
+    for name, kind in kinds.items():
+        if not isinstance(value.get(name), kind):
+            raise UserError(
+                f"{path}: {name} is not a {kind.__name__} (got {value.get(name)!r}): {remedy}"
+            )
+
+
+def read_entries(path: str | Path, kinds: dict[str, type], remedy: str = "restore it") -> dict:
+    """Return a JSON file's object. Raises UserError if it lacks one of these entries, or one has another type."""
+    value = read_json(path, remedy)
+    check_entries(path, value, kinds, remedy)
+    return value
+
+
+def read_tensors(
+    path: str | Path, device: str = "cpu", remedy: str = "restore it, or use another checkpoint"
+) -> tuple[dict, dict]:
+    """Return ({name: tensor}, metadata) of a safetensors file. Raises UserError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  it is not a dict
             return tensors, f.metadata() or {}
     except FileNotFoundError as error:
+        check_links(path)
         raise UserError(
             f"incomplete checkpoint: {path} is missing; use another checkpoint"
         ) from error
     except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete its folder and rerun the command"
-        ) from error
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error

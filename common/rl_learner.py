@@ -63,7 +63,8 @@ class Learner:
         if not tensors:
             return
         for old, new in RENAMED_STATE.items():
-            tensors = {name.replace(old, new): x for name, x in tensors.items()}
+            for name in [n for n in tensors if old in n]:
+                tensors[name.replace(old, new)] = tensors.pop(name)
         self.counters = counters
         self.vla.num_forwards.fill_(counters.get("forwards", 0))
         for name, p in self.trainable.items():

@@ -23,12 +23,17 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
+from common.cli import check_numbers
 from common.distributed import barrier, rank_and_world_size
 from common.errors import UserError
 from common.files import (
     atomic_write,
+    check_entries,
+    check_links,
+    check_writable,
     flush,
     make_folder,
+    read_entries,
     read_json,
     read_tensors,
     try_lock,
@@ -47,10 +52,6 @@ NON_IDENTITY_ARGS = (
     "accumulate",
     "checkpointing",
 )
-# Integer arguments that must be at least 1; the others must be at least 0.
-POSITIVE_ARGS = (
-    "accumulate", "actor_every", "batch", "envs", "epochs", "image_size", "minibatch", "n_step", "rollout", "threads",
-)  # fmt: skip
 # Arguments of older runs, by the names that they have today.
 RENAMED_ARGS = {"noise": "action_noise_std", "kicks": "random_burst_prob"}
 RENAMED_SACFD_ARGS = {
@@ -64,16 +65,35 @@ MAX_SEED = 600  # stage 1's initial states of later seeds would be the evaluatio
 # The state, and SACfD's replay buffer.
 TEMPORARY_FILES = re.compile(r"(state|priority|replay-\d+)\.safetensors")
 # Seconds between two saved states; the tests shorten it.
-SAVE_INTERVAL = float(os.environ.get("SAVE_INTERVAL", 60))
+SAVE_INTERVAL = float(os.environ.get("SAVE_INTERVAL") or 60)
 
 
-def checkpoint_config(folder: str | Path) -> dict:
-    """Return a checkpoint's config.json. Raises UserError for a folder that is not a checkpoint of this project."""
-    config = read_json(Path(folder) / "config.json")
-    if not {"domain", "weights", "action_dim"} <= set(config):
+# The entries of a checkpoint's config.json that are read.
+CONFIG = {
+    "vlm": str, "weights": str, "domain": str, "action_dim": int, "image_size": int, "dtype": str, "sha256": dict,
+}  # fmt: skip
+
+
+def checkpoint_config(folder: str | Path, *needed: str) -> dict:
+    """Return a checkpoint's config.json. Raises UserError for a folder that is not a checkpoint of this project.
+
+    needed: more entries that must be there.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    if not isinstance(config, dict) or not {"domain", "weights", "action_dim"} <= set(config):
         raise UserError(
             f"{folder} is not a checkpoint of this project: use one such as runs/<name>/0-sft"
         )
+    check_entries(path, config, {k: CONFIG[k] for k in CONFIG if k in config or k in needed})
+    in_range = {
+        "action_dim": config["action_dim"] > 0,
+        "image_size": config.get("image_size", 1) > 0,
+        "dtype": config.get("dtype", "float32") in ("bfloat16", "float32"),
+    }
+    for name, good in in_range.items():
+        if not good:
+            raise UserError(f"{path}: {name} {config[name]!r} is not possible: restore it")
     return config
 
 
@@ -83,18 +103,6 @@ def is_hub_name(name: str | Path) -> bool:
         bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)))
         and not Path(name).parent.exists()
     )
-
-
-def check_integers(args: object, positive: Iterable[str] = POSITIVE_ARGS, prefix: str = "") -> None:
-    """Check that integer arguments are >= 0, and >= 1 if listed in `positive`. Raises UserError."""
-    values = args if isinstance(args, dict) else asdict(args)
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_integers(value, positive, f"{name}.")
-        least = int(name in positive)
-        if isinstance(value, int) and value < least and name != "seed":
-            flag = f"--{prefix}{name.replace('_', '-')}"
-            raise UserError(f"{flag} must be at least {least} (got {value})")
 
 
 def renamed(args: dict) -> dict:
@@ -107,6 +115,19 @@ def renamed(args: dict) -> dict:
     return today
 
 
+class StateEntries(dict):
+    """The tensors or counters of a saved state. Raises UserError for one that another version has not saved."""
+
+    def __init__(self, path: Path, entries: dict):
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, name: str) -> object:
+        raise UserError(
+            f"{self.path} lacks {name}, which another version does not save: use that version, or delete its folder"
+        )
+
+
 class Stage:
     """One stage of a run, `runs/<name>/<stage>/`, resumable until it is finished.
 
@@ -116,18 +137,27 @@ class Stage:
     `identity_args` are those that change the result. Once the folder has a state, other values, or
     another parent, are refused. `done` is True if the final folder exists already: the caller then
     returns at once. Of several processes only rank 0 writes. Raises UserError for these, for
-    numbers out of range, and for a folder that is in use.
+    numbers out of range, and for a folder that is in use or cannot be written.
     """
 
     def __init__(self, args: object, unused: Iterable[str] = ()):
-        check_integers(args)
+        check_numbers(args)
         seed = getattr(args, "seed", 0)
         if not 0 <= seed < MAX_SEED:
             raise UserError(f"--seed must be from 0 to {MAX_SEED - 1} (got {seed})")
         ignored = {*NON_IDENTITY_ARGS, *unused}
         self.out = Path(args.out)
+        if not self.out.name:
+            raise UserError(
+                f"--out must name a new folder (got {args.out!r}): use one such as runs/<name>/0-sft"
+            )
         self.folder = self.out.with_name(f".{self.out.name}.partial")
-        self.done = self.out.is_dir()
+        self.done = (self.out / "stage.json").exists()
+        check_links(self.out)
+        if not self.done and self.out.exists():
+            raise UserError(
+                f"{self.out} exists and is not a finished stage: remove it, or use another --out"
+            )
         self.identity_args = {k: v for k, v in asdict(args).items() if k not in ignored}
         self.writer = None
         self.seconds = 0.0  # spent before the last restart
@@ -150,7 +180,7 @@ class Stage:
         if self.done:
             self.remove_temporary_files()
             return
-        make_folder(self.folder)
+        check_writable(make_folder(self.folder), "change its permissions, or use another --out")
         fd = os.open(self.folder, os.O_RDONLY)
         weakref.finalize(self, os.close, fd)
         if not try_lock(fd):
@@ -162,7 +192,7 @@ class Stage:
         """Raise UserError if this folder was started with other arguments."""
         # An argument newer than the record had its default.
         defaults = {k: getattr(kind, k, None) for k in args}
-        old = defaults | renamed(read_json(record)["args"])
+        old = defaults | renamed(read_entries(record, {"args": dict})["args"])
         differ = [k for k in old if k not in unused and old[k] != args.get(k)]
         if not differ:
             return
@@ -185,15 +215,16 @@ class Stage:
             if self.writes:
                 log.unlink(missing_ok=True)
             return {}, {}
-        tensors, meta = read_tensors(path)
+        tensors, meta = read_tensors(path, remedy="delete its folder and rerun the command")
         barrier()  # before rank 0 may write another
-        counters = json.loads(meta["counters"])
-        self.seconds = counters.pop("seconds")
+        counters = StateEntries(path, json.loads(StateEntries(path, meta)["counters"]))
+        self.seconds = counters["seconds"]
         self.peak = counters.pop("peak_gb", 0.0)
-        length = counters.pop("log_bytes")
+        length = counters["log_bytes"]
+        del counters["seconds"], counters["log_bytes"]
         if log.exists() and self.writes:
             os.truncate(log, length)
-        return tensors, counters
+        return StateEntries(path, tensors), counters
 
     def save(self, tensors: dict[str, torch.Tensor], counters: dict) -> None:
         """Save the state to resume from: {name: tensor} and a dict of plain values."""

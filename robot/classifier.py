@@ -36,7 +36,7 @@ class SuccessClassifier:
     """Success by a trained network: two confident images in a row, with the end effector off the table."""
 
     def __init__(self, path: str | Path):
-        tensors, _ = read_tensors(path)
+        tensors, _ = read_tensors(path, remedy="set ROBOT_REWARD to another classifier, or to keys")
         self.network = build_network().eval()
         self.confident_before = False
         try:

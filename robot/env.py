@@ -127,7 +127,12 @@ class PandaEnv(gym.Env):
         """Return the simulated server's settings, or None for a real robot's server."""
         config = self.config
         try:
-            return self.server.json("sim/info", timeout=30)
+            info = self.server.json("sim/info", timeout=30)
+            if not isinstance(info, dict) or "clock" not in info:
+                raise UserError(
+                    f"{config.url} is not a robot server (/sim/info: {info!r:.60}): correct ROBOT_URL"
+                )
+            return info
         except Fault as fault:
             if fault.status != 404:  # a real robot's server does not know the route
                 raise UserError(f"{fault}: start the robot server, or correct ROBOT_URL") from fault
@@ -224,7 +229,7 @@ class PandaEnv(gym.Env):
         views = []
         for name, camera, height in zip(("front", "wrist"), self.cameras, (top, width - top)):
             image, _, age = camera.read(width, height)
-            if age > self.limits.frame_age:
+            if not age <= self.limits.frame_age:  # also if it is NaN
                 raise Fault(f"the {name} camera's newest frame is {age:.1f} s old")
             views.append(image)
         self.image = np.vstack(views)

@@ -32,7 +32,7 @@ GRIPPER_HINTS = {  # why a gripper may not move
     "robotiq": " (it needs /activate_gripper after each start of the robot server)",
 }
 SHAPES = {"pose": 7, "vel": 6, "force": 3, "torque": 3, "q": 7, "dq": 7}
-OFF = ("", "0", "no", "false", "off")
+OFF = ("", "0", "n", "no", "f", "false", "off")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class RobotConfig:
 
         Raises UserError for an unknown value, and if a robot is described without its address.
         """
-        values = {f.name: os.environ.get(f"ROBOT_{f.name.upper()}") for f in fields(cls)}
+        values = {
+            f.name: os.environ.get(f"ROBOT_{f.name.upper()}", "").strip() for f in fields(cls)
+        }
         config = cls(**{name: value for name, value in values.items() if value})
         described = [name for name, value in values.items() if value]
         if described and not config.url:
@@ -86,7 +88,7 @@ class RobotConfig:
 
     @property
     def is_dry(self) -> bool:
-        return self.dry.lower() not in OFF
+        return self.dry.strip().lower() not in OFF
 
     def __str__(self) -> str:
         return (

@@ -20,6 +20,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from safetensors.numpy import save_file
+
 from common.episode_file import (
     IMPORT_SEED,
     ONLINE_SEED,
@@ -214,6 +216,18 @@ def test_identity_is_content(add, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="2 episodes of .* differ from what is there"):
         add(first, scale=(2.0,))
     assert len(headers(tmp_path)) == 4
+
+
+def test_an_import_from_before_origins_is_recognized(add, tmp_path, capsys):
+    """Headers had no `origin` once. Such episodes are known by their content."""
+    first = make_set(tmp_path / "set")
+    add(first)
+    for path in (tmp_path / "D_e").rglob("1*.safetensors"):
+        handle, header = open_episode(path)
+        tensors = {name: handle.get_tensor(name) for name in ("image", "action", "reward")}
+        save_file(tensors, path, {k: v for k, v in header.items() if k != "origin"})
+    add(first)
+    assert "0 episodes added, 2 were there already" in capsys.readouterr().out
 
 
 def test_a_set_of_several_tasks_needs_a_choice(add, tmp_path):

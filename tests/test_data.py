@@ -81,9 +81,10 @@ def test_folders_of_episodes_are_found_through_links(tmp_path):
     assert episode_folders(tmp_path / "nowhere") == []
 
 
-def rewrite(path, **tensors):
-    """Write an episode file again with other tensors."""
+def rewrite(path, lacking="", spelled=None, **tensors):
+    """Write an episode file again with other tensors, without an entry of the header, or with others."""
     handle, header = open_episode(path)
+    header = {k: v for k, v in header.items() if k != lacking} | (spelled or {})
     kept = {name: handle.get_tensor(name) for name in ("image", "action", "reward")}
     save_file({**kept, **tensors}, path.with_name("new"), header)
     path.with_name("new").rename(path)
@@ -119,6 +120,14 @@ def damage(path, how):
         write(path, size=10)
     elif how == "other action size":
         rewrite(path, action=np.zeros((5, 3), np.float32))
+    elif how == "no instruction":
+        write(path, instruction=" ")
+    elif how == "lacks an entry":
+        rewrite(path, lacking="instruction")
+    elif how == "float images":
+        rewrite(path, image=np.zeros((5, 8, 8, 3), np.float32))
+    elif how == "beyond the range":
+        rewrite(path, action=np.full((5, 2), 1.5, np.float32))
     elif how == "NaN":
         rewrite(path, action=np.full((5, 2), np.nan, np.float32))
 
@@ -137,6 +146,10 @@ KINDS += [
     "other domain",
     "other image size",
     "other action size",
+    "no instruction",
+    "lacks an entry",
+    "float images",
+    "beyond the range",
     "NaN",
 ]
 
@@ -148,6 +161,24 @@ def test_a_bad_episode_is_refused_by_name(how, bead, tmp_path):
         write(tmp_path / f"{k:06d}.safetensors", seed=k)
     damage(tmp_path / "000001.safetensors", how)
     assert "000001.safetensors" in refused(read, tmp_path / "000001.safetensors", bead)
+
+
+def test_a_protocol_is_compared_by_content(bead, tmp_path):
+    """Spaces in its JSON make no other protocol. Files with fewer than six digits are not episodes."""
+    path = tmp_path / "000000.safetensors"
+    write(path)
+    rewrite(path, spelled={"protocol": '{"horizon":8}'})
+    shutil.copy(path, tmp_path / "7.safetensors")
+    assert len(read(path, bead)) == 5 and episode_ids(tmp_path) == [0]
+
+
+def test_an_episode_that_cannot_be_opened_is_not_to_be_deleted(tmp_path):
+    """A folder of its name, and a link to a disk that is not mounted."""
+    (tmp_path / "000000.safetensors").mkdir()
+    (tmp_path / "000001.safetensors").symlink_to("/nowhere/x")
+    for k, words in enumerate(("Is a directory", "/nowhere/x")):
+        sentence = refused(open_episode, tmp_path / f"{k:06d}.safetensors")
+        assert words in sentence and "delete" not in sentence
 
 
 @pytest.mark.parametrize("bad", ["NaN", "range", "image", "length"])

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import files, make_vla, nan_checkpoint, one_sentence, refused, without_digests
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import stage0_sft
 import stage_rl
 import stage_sft
-from common.files import folder_lock, make_folder, read_json, write_json
+from common.files import atomic_write, folder_lock, make_folder, read_json, write_json
 from common.runs import Stage, checkpoint_config
 from domains import load_domain
 from model import VLA
@@ -98,6 +99,30 @@ def test_a_flipped_byte_is_noticed(saved, tmp_path):
         assert name in sentence and "use another checkpoint" in sentence
     older = without_digests(shutil.copytree(folder, tmp_path / "older"))
     assert torch.equal(act(older), action)
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("action_dim", "2"),
+        ("action_dim", -1),
+        ("image_size", None),
+        ("dtype", "float16"),
+        ("dtype", None),
+        ("sha256", []),
+        ("domain", ["bead"]),
+    ],
+)
+def test_an_entry_of_config_json_of_another_kind(entry, value, checkpoint, tmp_path):
+    """The file and the entry are named."""
+    shutil.copytree(checkpoint, tmp_path / "a")
+    path = tmp_path / "a/config.json"
+    config = read_json(path)
+    write_json(path, {**config, entry: value})
+    sentence = refused(VLA.load, tmp_path / "a")
+    assert str(path) in sentence and entry in sentence
+    write_json(path, [config])
+    assert "is not a checkpoint" in refused(VLA.load, tmp_path / "a")
 
 
 def test_an_adapter_or_a_backbone_without_a_tensor(checkpoint, backbone, tmp_path):
@@ -210,6 +235,53 @@ def test_a_stage_at_work_is_not_started_again(tmp_path):
     assert "--threads must be at least 1 (got 0)" in refused(Stage, Args(tmp_path / "b", threads=0))
 
 
+def test_a_place_that_is_no_stage_s(tmp_path):
+    """A folder or file of something else is neither a finished stage nor replaced. A link to nowhere is named."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("/nowhere")
+    for name in ("mine", "file"):
+        assert "is not a finished stage" in refused(Stage, Args(tmp_path / name))
+    assert "/nowhere" in refused(Stage, Args(tmp_path / "link"))
+    assert "--out must name" in refused(Stage, Args("."))
+    assert f"{tmp_path}/file/.0-sft.partial" in refused(Stage, Args(tmp_path / "file/0-sft"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_state_of_another_version(tmp_path):
+    """What it lacks is named, whether a counter or a tensor."""
+    Stage(Args(tmp_path / "a")).save({"x": torch.zeros(1)}, {"step": 3})
+    tensors, counters = Stage(Args(tmp_path / "a")).load()
+    assert counters == {"step": 3} and "x" in tensors
+    assert "lacks y" in refused(lambda: tensors["y"])
+    assert "lacks best" in refused(lambda: counters["best"])
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE])
+def test_an_error_of_a_file_system_names_the_file(number):
+    """Whatever the system reports about a file, the file and the cause are named."""
+
+    def fail():
+        raise OSError(number, os.strerror(number), "/mnt/x")
+
+    sentence = refused(fail)
+    assert "/mnt/x" in sentence and os.strerror(number) in sentence
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG])
+def test_a_quota_is_a_full_disk(number, tmp_path):
+    """Also in the words of safetensors, whose error has no number. The old file is kept."""
+    (tmp_path / "a").write_text("old")
+
+    def write(error):
+        with atomic_write(tmp_path / "a"):
+            raise error
+
+    for error in (OSError(number, "x"), SafetensorError(f"I/O error (os error {number})")):
+        assert "no space left" in refused(write, error)
+    assert (tmp_path / "a").read_text() == "old"
+
+
 def test_arguments_that_a_stage_does_not_use(tmp_path):
     """PPO resumes whatever SACfD's options were when it began, also from a record that holds them."""
     Stage(Args(tmp_path / "a", sacfd={"utd": 1})).save({}, {})
@@ -299,6 +371,13 @@ def test_unknown_names_on_the_command_line(project, checkpoint, tmp_path, monkey
         ("--episodes", "stage_sft", {"episodes": -1}),
         ("--image-size", "stage0_sft", {"image_size": 0}),
         ("--std", "stage_rl", {"std": 0}),
+        ("--gamma", "stage_rl", {"gamma": float("inf")}),
+        ("--sacfd.alpha", "stage_rl", {"sacfd": stage_rl.SACfDArgs(alpha=0.0)}),
+        ("--lr", "stage_sft", {"lr": float("nan")}),
+        ("--rl-weight", "stage_sft", {"rl_weight": -1.0}),
+        ("--lora-rank", "stage_sft", {"lora_rank": 0}),
+        ("--hold", "evaluate", {"hold": -1}),
+        ("--video", "evaluate", {"video": "clip.mp4", "hold": 5}),
         ("--rollout", "stage_rl", {"rollout": 3}),
         ("--sacfd.actor-every", "stage_rl", {"sacfd": stage_rl.SACfDArgs(actor_every=0)}),
     ],

@@ -291,6 +291,17 @@ def test_wrong_settings_of_the_loop(stand_in):
     for words in ((), ("metaworld", "1", "more"), ("metaworld", "four")):
         code, out, _ = project.run("bash", "loop.sh", *words, PYTHON=str(fake))
         assert code == 2 and "bash loop.sh metaworld" in out
+    show = 'source tools/settings.sh bead 1; echo "smoke: $SMOKE."'
+    for value, smoke in {
+        "": "",
+        " off": "",
+        "N": "",
+        "False ": "",
+        "TRUE": "1",
+        "yes": "1",
+    }.items():
+        out = project.must("bash", "-c", show, PYTHON=str(fake), SMOKE=value)
+        assert f"smoke: {smoke}." in out, value
 
 
 def test_sft_stages_are_launched_elsewhere(stand_in):

@@ -15,6 +15,17 @@ from tools import plan
 from tools.costs import vla_costs
 
 
+def test_numbers_of_the_stages_are_checked_first():
+    """A stage would refuse them hours later."""
+    for words in (
+        {"stage0": "--accumulate 0"},
+        {"rl": "--envs 0"},
+        {"sft": "--lr nan"},
+        {"rounds": -1},
+    ):
+        assert "must be" in refused(plan.Plan, plan.Args("toy", **words))
+
+
 def counted(vla, vlm):
     """Return the plan's sizes of a VLA that `make_vla` made, from its VLM's configuration alone."""
     args = Args("bead", "", vlm=vlm, image_size=32, lora_rank=4, dtype="float32")

@@ -12,6 +12,7 @@ from functools import partial
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 from conftest import (
     BEAD,
@@ -153,6 +154,22 @@ def test_a_killed_recorder_ends_stage_0_with_one_sentence(fragile):
     assert len(episode_ids(fragile.folder / "D_e/fragile/green")) >= 20
 
 
+def test_recorders_end_with_a_killed_stage(project):
+    """Their number is 0 soon after `kill -9` of stage 0 alone, as the kernel does when memory ends."""
+    small = {"demos": 100_000, "steps": 1, "batch": 8, "episodes": 0, "threads": 2}
+    words = command("stage0_sft.py", domain="bead", data="D_e-orphans", out="runs/orphans", **small)
+    process = project.start(*words)
+    workers = []
+    while not list(project.folder.glob("D_e-orphans/bead/red/*.safetensors")):
+        time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=60)  # a worker would keep the streams open
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert len(workers) >= 2 and not alive
+
+
 @pytest.mark.parametrize("call", ["reset", "step", "step_wait", "close"])
 def test_a_killed_environment_is_noticed_at_every_call(call, capfd):
     """UserError from reset and step. Closing is quiet, now and when the object is freed."""
@@ -273,6 +290,11 @@ def test_a_world_size_left_by_another_job(project, checkpoint, tmp_path, monkeyp
         assert (
             f"WORLD_SIZE={value}" in sentence and "unset" in sentence and "MASTER_ADDR" in sentence
         )
+    for name, value in {**launcher(0, 2), "RANK": "first"}.items():
+        monkeypatch.setenv(name, value)
+    assert "RANK is missing or not valid" in refused(rank_and_world_size)
+    for name in launcher(0, 2):
+        monkeypatch.delenv(name)
     small = {"steps": 1, "batch": 8, "episodes": 0, "threads": 1}
     words = command(
         "stage_sft.py", parent=checkpoint, out=tmp_path / "1-sft", data=tmp_path, **small

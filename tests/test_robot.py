@@ -513,6 +513,14 @@ def test_hil_serl_s_hand_is_opened_although_its_server_thinks_it_is_open(monkeyp
 # The link
 
 
+def test_an_answer_of_another_server_is_no_robot(monkeypatch):
+    """A server that answers /sim/info with other JSON is not taken for a simulated robot."""
+    for answer in (b"null", b"[]", b"{}"):
+        with serving(upstream(**{"sim/info": (200, "application/json", answer, 0)})) as url:
+            monkeypatch.setenv("ROBOT_URL", f" {url} ")
+            assert "is not a robot server" in refused(panda.make, "pick-can")
+
+
 def test_what_only_a_real_server_says():
     """HTML where JSON belongs, bare strings, 405, a hung server, and a slow joint reset."""
     zeros = {**calm(), "pose": [0.0] * 7, "gripper_pos": [0.04]}

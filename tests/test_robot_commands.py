@@ -264,6 +264,22 @@ def test_evaluate_never_reports_fewer_episodes_as_done(robot_server, expert):
     assert "0 of 2 episodes" in refused(real_robot.evaluate, "none", "pick-carrot", 2)
 
 
+def test_outputs_and_numbers_are_checked_before_a_persons_work(tmp_path):
+    """A folder as a file, a file as a folder, damaged outcomes, impossible numbers: refused without a robot."""
+    (tmp_path / "file").write_text("[]")
+    for words, call in {
+        "is a folder": lambda: real_robot.evaluate("c", "pick-can", out=str(tmp_path)),
+        "not a JSON object": lambda: real_robot.evaluate(
+            "c", "pick-can", out=str(tmp_path / "file")
+        ),
+        "--episodes": lambda: real_robot.evaluate("c", "pick-can", episodes=0),
+        "--std": lambda: real_robot.collect("c", "pick-can", str(tmp_path / "x"), std=float("nan")),
+        "unknown task": lambda: real_robot.train("c", "pick-cat", str(tmp_path / "x/1-rl")),
+    }.items():
+        assert words in refused(call)
+    assert (tmp_path / "file").read_text() == "[]"
+
+
 def test_an_interruption_outside_an_episode_holds_the_arm_too(
     robot_server, tmp_path, expert, monkeypatch
 ):
@@ -295,8 +311,9 @@ def test_frames_are_never_overwritten(robot_server, tmp_path, expert):
         assert image.size == (4, 4)
 
 
-def test_a_closed_terminal_ends_evaluate_with_a_held_arm(checkpoint, monkeypatch):
-    """SIGHUP in the middle of an episode, as a process: held, one sentence, 128 + the signal."""
+@pytest.mark.parametrize("signals", [[signal.SIGHUP], [signal.SIGINT] * 3])
+def test_a_signal_ends_evaluate_with_a_held_arm(signals, checkpoint, monkeypatch):
+    """In the middle of an episode, as a process: held, one sentence, 128 + the signal, however often it is sent."""
     with realtime() as (server, _):
         aimed = []
         aim = server.world.aim
@@ -306,10 +323,12 @@ def test_a_closed_terminal_ends_evaluate_with_a_held_arm(checkpoint, monkeypatch
         deadline = time.monotonic() + 120
         while len(aimed) < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.kill(process.pid, signal.SIGHUP)
+        for number in signals:
+            os.kill(process.pid, number)
+            time.sleep(0.02)
         out, err = process.communicate(timeout=60)
-        assert process.returncode == 128 + signal.SIGHUP, err
-        assert "stopped by SIGHUP" in err and "without --out" in err
+        assert process.returncode == 128 + signals[0], err
+        assert f"stopped by {signals[0].name}" in err and "without --out" in err
         assert "Traceback" not in err and "ordered to hold" in out
 
 

@@ -15,7 +15,7 @@ from conftest import ROOT, one_sentence, refused
 import report
 from common.files import write_json
 from model import VLA
-from tools import lookup
+from tools import check_domain, lookup
 
 
 def test_facts_for_shell_scripts(tmp_path, capsys):
@@ -93,6 +93,36 @@ def test_a_report_that_cannot_be_made_names_the_cause(run, tmp_path, monkeypatch
         path.unlink()
     sentence = refused(report.main, report.Args(str(run)))
     assert "evaluate.py" in sentence and "resume" not in sentence
+
+
+@pytest.mark.parametrize(
+    "name, entry, value",
+    [
+        ("eval.json", "tasks", []),
+        ("eval.json", "tasks", {"knob-on": {"success": [None]}}),
+        ("eval.json", "protocol", None),
+        ("summary.json", "env_steps", None),
+        ("stage.json", "args", None),
+        ("config.json", "vlm", 3),
+    ],
+)
+def test_a_report_of_files_of_another_form(name, entry, value, run):
+    """The file is named. An evaluation is made again, and no trained stage is to be deleted."""
+    path = run / "0-sft" / name
+    write_json(path, json.loads(path.read_text()) | {entry: value})
+    sentence = refused(report.main, report.Args(str(run)))
+    assert str(path) in sentence
+    assert ("evaluate.py" in sentence) == (name == "eval.json")
+    path.write_text("{")
+    assert "delete its folder" not in refused(report.main, report.Args(str(run)))
+
+
+def test_experts_do_not_move_a_real_robot(monkeypatch):
+    """check_domain is refused before it connects."""
+    monkeypatch.setenv("ROBOT_URL", "http://127.0.0.1:9/")
+    assert "ROBOT_URL is set" in refused(check_domain.main, check_domain.Args("panda"))
+    monkeypatch.delenv("ROBOT_URL")
+    assert "--episodes" in refused(check_domain.main, check_domain.Args("toy", episodes=0))
 
 
 def refuse_to_write(folder, remedy):

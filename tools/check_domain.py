@@ -33,11 +33,13 @@ from types import ModuleType
 import gymnasium as gym
 import numpy as np
 
+from common.cli import check_numbers
 from common.errors import run_cli
 from common.figures import pyplot
-from common.files import atomic_write
+from common.files import atomic_write, check_output
 from common.rates import splits
 from domains import load_domain
+from evaluate import only_simulated
 from report import COLOURS, LABELS
 
 REPLAYED = 10  # noisy episodes per task that are replayed
@@ -150,8 +152,11 @@ def contact_sheet(domain: ModuleType, images: dict[str, np.ndarray], path: Path)
 
 
 def main(args: Args) -> None:
+    check_numbers(args, ("episodes",))
     domain = load_domain(args.domain)
+    only_simulated(domain, "tools.check_domain")
     out = Path(args.out or f"results/{args.domain}")
+    check_output(out / "experts.md")
     start = time.time()
     rows = []
     images = {}

@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from common.cli import parse_command
 from common.errors import UserError, run_cli
 from common.figures import pyplot
-from common.files import atomic_write, read_json
+from common.files import atomic_write, read_entries
 from common.rates import COMMON_PROTOCOL, COSTS, all_tasks, costs, splits, wilson
 from domains import load_domain
 
@@ -63,11 +63,18 @@ def read_runs(folders: Iterable[str]) -> list[Run]:
         path = Path(folder) / "report.json"
         if not path.exists():
             raise UserError(f"{path} is missing: python report.py --run {folder}")
-        report = read_json(path)
+        kinds = {
+            "domain": str,
+            "vlm": str,
+            "method": str,
+            "seed": int,
+            "protocol": dict,
+            "stages": list,
+        }
+        report = read_entries(path, kinds, f"make it again with python report.py --run {folder}")
         # Older reports do not name it.
         report["protocol"] = {**COMMON_PROTOCOL, **report["protocol"]}
-        names = ("domain", "vlm", "method", "seed", "protocol", "stages")
-        runs.append(Run(str(folder), *(report[name] for name in names)))
+        runs.append(Run(str(folder), *(report[name] for name in kinds)))
     if not runs:
         raise UserError("no folder to compare: name folders that hold a report.json")
     for run in runs:
@@ -270,7 +277,7 @@ def curves_figure(folders: Iterable[str], path: Path) -> None:
     for folder in map(Path, folders):
         if not (folder / "log.jsonl").exists() or not (folder / "summary.json").exists():
             raise UserError(f"{folder} has no training curve: name finished folders of stage 1")
-        task = read_json(folder / "summary.json").get("task")
+        task = read_entries(folder / "summary.json", {}).get("task")
         if task is None:
             raise UserError(f"{folder} has no training curve: name finished folders of stage 1")
         by_task.setdefault(task, []).append(folder)

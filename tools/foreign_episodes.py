@@ -30,11 +30,15 @@ class DemoFolder:
         self.present = 0
         self.differing: list[Path] = []
         self.by_origin = {}
-        for path in episode_files(folder):
-            _, header = open_episode(path)
+        self.by_action = {}  # imports from before the header had `origin`
+        imported = [k for k in episode_ids(folder) if IMPORT_SEED <= k < ONLINE_SEED]
+        for k in imported:
+            path = folder / f"{k:06d}.safetensors"
+            handle, header = open_episode(path)
             if "origin" in header:
                 self.by_origin[header["origin"]] = path
-        imported = [k for k in episode_ids(folder) if IMPORT_SEED <= k < ONLINE_SEED]
+            else:
+                self.by_action[handle.get_tensor("action").tobytes()] = path
         self.next_id = max(imported, default=IMPORT_SEED - 1) + 1
 
     def add(
@@ -44,7 +48,7 @@ class DemoFolder:
 
         image (T, H, W, 3) uint8; action (T, A) float32; reward (T,) float32.
         """
-        path = self.by_origin.get(info.origin)
+        path = self.by_origin.get(info.origin) or self.by_action.get(action.tobytes())
         if path is not None:
             self.compare(path, image, action, reward)
             return

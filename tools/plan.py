@@ -11,6 +11,7 @@ horizon, RL until its budget is spent. For the minutes, an episode takes half of
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from common.cli import parse
 
@@ -20,7 +21,9 @@ class Args:
     domain: str  # name of a file in domains/
     vlm: str = "tiny"  # tiny, a BLIP-2 folder, or a hub name (Salesforce/blip2-opt-2.7b)
     rounds: int = 0  # rounds of RL and SFT (default: one for each RL task)
-    method: str = "ire-vla"  # METHOD of loop.sh
+    method: Literal["ire-vla", "ire-vla-freeze", "ppo-replay", "sft-only"] = (
+        "ire-vla"  # METHOD of loop.sh
+    )
     seed: int = 0  # seed of the run, only printed
     run: str = ""  # folder of the run (default: runs/<domain>-seed<seed>)
     data: str = "runs/D_e"  # folder of the expert episodes
@@ -34,7 +37,6 @@ if __name__ == "__main__":
 
 import math
 import os
-import shlex
 import shutil
 import tempfile
 import time
@@ -51,6 +53,7 @@ import stage0_sft
 import stage_rl
 import stage_sft
 from common.backbone import build_tiny, pick_dtype, read_config
+from common.cli import check_numbers
 from common.cpus import usable_cpus
 from common.devices import check_memory, free_memory, pick_device
 from common.episode_file import episode_ids
@@ -69,6 +72,7 @@ class Plan:
     """What is left of a run, and each stage's arguments."""
 
     def __init__(self, args: Args):
+        check_numbers(args)
         self.domain = load_domain(args.domain)
         self.rounds = args.rounds or len(self.domain.RL_TASKS)
         self.run = Path(args.run or f"runs/{args.domain}-seed{args.seed}")
@@ -79,11 +83,13 @@ class Plan:
             self.vlm = read_json(self.run / "0-sft/config.json")["vlm"]
         common = ["--domain", args.domain, "--out", ""]
         self.stage0 = tyro.cli(
-            stage0_sft.Args, args=[*common, "--vlm", self.vlm, *shlex.split(args.stage0)]
+            stage0_sft.Args, args=[*common, "--vlm", self.vlm, *args.stage0.split()]
         )
         rl = [*common, "--parent", "", "--task", self.domain.RL_TASKS[0]]
-        self.rl = tyro.cli(stage_rl.Args, args=[*rl, *shlex.split(args.rl)])
-        self.sft = tyro.cli(stage_sft.Args, args=[*common, "--parent", "", *shlex.split(args.sft)])
+        self.rl = tyro.cli(stage_rl.Args, args=[*rl, *args.rl.split()])
+        self.sft = tyro.cli(stage_sft.Args, args=[*common, "--parent", "", *args.sft.split()])
+        for args_of_stage in (self.stage0, self.rl, self.sft):
+            check_numbers(args_of_stage)
         for args_of_stage in (self.stage0, self.sft):
             args_of_stage.batch = args_of_stage.batch or self.domain.SFT_BATCH
         self.dtype_reason = "--dtype"

@@ -13,8 +13,8 @@ RL=${RL:-}
 STAGE0=
 SFT=
 DATA=runs/D_e
-case ${SMOKE:-} in
-  "" | 0 | no | No | NO | false | False | FALSE | off) SMOKE= ;;
+case $(tr -d '[:space:]' <<<"${SMOKE:-}" | tr '[:upper:]' '[:lower:]') in
+  "" | 0 | n | no | f | false | off) SMOKE= ;;
   *) SMOKE=1 ;;
 esac
 NAME=$DOMAIN-$METHOD-seed$SEED${SMOKE:+-smoke}
