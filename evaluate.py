@@ -153,6 +153,11 @@ def evaluate_stage(
         print(f"{path.parent}: {summary(read_json(path)['tasks'], domain)}")
 
 
+def own_task(args) -> str | None:
+    """Return the task that a stage is evaluated on: stage 1's own. None stands for all of the domain's."""
+    return None if getattr(args, "all_tasks", True) else args.task
+
+
 def skip_if_done(
     stage: Stage, domain: ModuleType, args, device: torch.device, num_envs: int = 16
 ) -> bool:
@@ -164,8 +169,7 @@ def skip_if_done(
     if stage.done and stage.writes:
         print(f"{stage.out} is finished")
         torch.set_num_threads(1)
-        task = getattr(args, "task", None)
-        evaluate_stage(stage.out, domain, args.episodes, device, num_envs, task=task)
+        evaluate_stage(stage.out, domain, args.episodes, device, num_envs, task=own_task(args))
     return stage.done
 
 

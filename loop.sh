@@ -12,7 +12,7 @@
 #   RUN=name       name of the run's folder, runs/<name> (default: domain, method, seed)
 #   SEED=0         seed of weights, batches and exploration
 #   METHOD=        ire-vla (default), ire-vla-freeze (stage 2 trains the head alone), ppo-replay (stage 1 trains the
-#                  whole VLA), or sft-only (no stage 1)
+#                  whole VLA), rl-lora (the same without stage 2: RL alone, task after task), or sft-only (no stage 1)
 #   START=         folder of a finished 0-sft, such as another method's, to use instead of training stage 0
 #   SFT_LAUNCH=    launcher of stages 0 and 2, on this machine or one that shares the run's folder:
 #                  "torchrun --nproc-per-node 4", "srun --gpus 4 torchrun ...", "ssh host cd $PWD && torchrun ..."
@@ -45,9 +45,11 @@ for ((i = 1; i <= ROUNDS; i++)); do
   fi
 
   # Supervised fine-tuning on D_e and D_rl (Eq. 4)
-  ${SFT_LAUNCH:-"$PYTHON"} stage_sft.py --domain "$DOMAIN" --data "$DATA" --parent "$OUT/$PARENT" --out "$OUT/$i-sft" \
-    --seed "$SEED" $SFT
-  PARENT=$i-sft
+  if [ "$METHOD" != rl-lora ]; then
+    ${SFT_LAUNCH:-"$PYTHON"} stage_sft.py --domain "$DOMAIN" --data "$DATA" --parent "$OUT/$PARENT" \
+      --out "$OUT/$i-sft" --seed "$SEED" $SFT
+    PARENT=$i-sft
+  fi
 done
 
 if [[ "$SFT " =~ --episodes[\ =]0\  ]] && ! compgen -G "$OUT/*/eval.json" >/dev/null; then

@@ -56,7 +56,8 @@ def method_and_seed(stages: list[Path]) -> tuple[str, int]:
     recorded = [read_entries(stage / "stage.json", {"args": dict})["args"] for stage in stages]
     method = "ire-vla"
     if any(args.get("train_vlm") for args in recorded):
-        method = "ppo-replay"
+        sft = any(re.fullmatch(r"[1-9]\d*-sft", stage.name) for stage in stages)
+        method = "ppo-replay" if sft else "rl-lora"
     elif any(args.get("freeze_vlm") for args in recorded):
         method = "ire-vla-freeze"
     elif len(stages) > 1 and not any("-rl-" in stage.name for stage in stages):

@@ -47,7 +47,7 @@ from common.rl_learner import Learner, seeded_generator
 from common.runs import Stage
 from common.vector_env import Policy, make_policy_envs
 from domains import load_domain, robot_reason
-from evaluate import evaluate_stage, skip_if_done
+from evaluate import evaluate_stage, own_task, skip_if_done
 from model import VLA, TokenLearner, describe, set_trainable
 
 # Bound of the tanh action, a little above the environment's clip, because atanh(1) is infinite.
@@ -472,4 +472,4 @@ def main(args) -> None:
     # --- the successes of the best head: D_rl
     successes = learner.record_d_rl(args, domain)
     learner.finish_stage(args, successes)
-    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla, args.task)
+    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla, own_task(args))

@@ -78,6 +78,7 @@ class Args:
     successes: int = 50  # successful episodes to record in D_rl
     action_noise_std: float | None = None  # std of D_rl's action noise (default: the domain's)
     episodes: int = 25  # evaluation episodes per task after the stage; 0: none
+    all_tasks: bool = False  # evaluate on all of the domain's tasks, not on this one alone
     seed: int = 0  # seed of the critic, exploration and minibatches
     device: str = ""  # cpu, cuda, ... (default: the GPU if there is one)
     threads: int = usable_cpus()  # CPU threads of updates, and of a large VLM
@@ -108,7 +109,7 @@ from common.rl_learner import Learner, seeded_generator
 from common.runs import Stage, checkpoint_config
 from common.vector_env import make_policy_envs
 from domains import load_domain
-from evaluate import evaluate_stage, skip_if_done
+from evaluate import evaluate_stage, own_task, skip_if_done
 from model import VLA, Head, describe, log_prob, set_trainable
 
 ENV_STEPS = 150_000  # default budget
@@ -438,7 +439,7 @@ def main(args: Args) -> None:
     # --- the successes of the best head: D_rl
     successes = learner.record_d_rl(args, domain)
     learner.finish_stage(args, successes)
-    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla, args.task)
+    evaluate_stage(stage.out, domain, args.episodes, device, args.envs, vla, own_task(args))
 
 
 if __name__ == "__main__":

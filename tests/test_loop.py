@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,23 @@ def test_ppo_replay_is_a_variant_of_the_same_loop(undisturbed):
     more = {"steps": 5, "batch": 16, "episodes": 0, "data": "runs/D_e-smoke", "freeze_vlm": True}
     project.must(*command("stage_sft.py", parent=run / "1-rl-blue", out=run / "1-frozen", **more))
     assert not differ(vlms[1], vlm(run / "1-frozen"))
+
+
+def test_rl_alone_learns_task_after_task(undisturbed):
+    """METHOD=rl-lora: PPO through the VLA without stage 2, each stage from the last, evaluated on all tasks."""
+    project, _ = undisturbed
+    start = "runs/bead-seed0-smoke/0-sft"
+    how = {"METHOD": "rl-lora", "START": start, "RL": "--env-steps 400 --warmup 0"}
+    project.must("bash", "loop.sh", "bead", "2", SMOKE="1", **how)
+    run = project.folder / "runs/bead-rl-lora-seed0-smoke"
+    report = json.loads((run / "report.json").read_text())
+    stages = [stage["name"] for stage in report["stages"]]
+    assert stages[0] == "0-sft" and [s.split("-")[1] for s in stages[1:]] == ["rl", "rl"]
+    assert report["method"] == "rl-lora" and {len(s["splits"]) for s in report["stages"]} == {3}
+    parents = [json.loads((run / s / "config.json").read_text())["parent"] for s in stages[1:]]
+    assert [Path(parent).name for parent in parents] == stages[:2]
+    vlms = [vlm(run / stage) for stage in stages]
+    assert all(differ(a, b) for a, b in zip(vlms, vlms[1:]))
 
 
 def test_fig_4_compares_three_ways_of_rl(undisturbed):

@@ -21,7 +21,7 @@ class Args:
     domain: str  # name of a file in domains/
     vlm: str = "tiny"  # tiny, a BLIP-2 folder, or a hub name (Salesforce/blip2-opt-2.7b)
     rounds: int = 0  # rounds of RL and SFT (default: one for each RL task)
-    method: Literal["ire-vla", "ire-vla-freeze", "ppo-replay", "sft-only"] = (
+    method: Literal["ire-vla", "ire-vla-freeze", "ppo-replay", "rl-lora", "sft-only"] = (
         "ire-vla"  # METHOD of loop.sh
     )
     seed: int = 0  # seed of the run, only printed
@@ -107,7 +107,8 @@ class Plan:
         for i in range(1, self.rounds + 1):
             if method != "sft-only":
                 names.append(f"{i}-rl-{self.domain.RL_TASKS[(i - 1) % len(self.domain.RL_TASKS)]}")
-            names.append(f"{i}-sft")
+            if method != "rl-lora":
+                names.append(f"{i}-sft")
         return names
 
     def count(self, kind: str) -> int:
@@ -117,13 +118,11 @@ class Plan:
         return len([s for s in self.left if s != "0-sft" and s.split("-")[1] == kind])
 
     def missing_demos(self) -> int:
-        """Return how many demonstrations stage 0 has yet to record."""
-        if "0-sft" not in self.left:
+        """Return how many demonstrations are yet to be recorded, by stage 0, or by stage 2 if there are none."""
+        present = [len(episode_ids(self.data / task)) for task in self.domain.EXPERT_TASKS]
+        if "0-sft" not in self.left and (any(present) or not self.count("sft")):
             return 0
-        return sum(
-            max(0, self.demos - len(episode_ids(self.data / task)))
-            for task in self.domain.EXPERT_TASKS
-        )
+        return sum(max(0, self.demos - n) for n in present)
 
 
 def print_plan(args: Args, plan: Plan) -> None:
@@ -285,7 +284,7 @@ def print_minutes(plan: Plan, speed, env_seconds: float, device: torch.device) -
     episode = length * act
     evaluation = len(all_tasks(plan.domain)) * episode  # an episode of each task
     seconds = {  # a stage's, and the number of them
-        "D_e": (plan.missing_demos() * length * env_seconds / cpus, plan.count("0-sft")),
+        "D_e": (plan.missing_demos() * length * env_seconds / cpus, 1),
         "stage 0": (
             steps0 * plan.stage0.batch * speed.sft_sample + plan.stage0.episodes * evaluation,
             plan.count("0-sft"),
@@ -293,7 +292,7 @@ def print_minutes(plan: Plan, speed, env_seconds: float, device: torch.device) -
         "RL at most": (
             plan.env_steps * (act + update * updates)
             + 2 * plan.rl.successes * length * act
-            + plan.rl.episodes * episode,
+            + plan.rl.episodes * (evaluation if plan.rl.all_tasks else episode),
             plan.count("rl"),
         ),
         "stage 2": (
