@@ -207,8 +207,7 @@ def train_sft(
     if args.cache:
         use_token_cache(data, vla)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema_decay())
-    average = torch.optim.swa_utils.AveragedModel(torch.nn.ParameterList(trained), multi_avg_fn=ema)
+    average = [p.detach().clone() for p in trained]
 
     # --- resume
     tensors, counters = stage.load()
@@ -222,8 +221,7 @@ def train_sft(
     if step:
         for i, p in enumerate(trained):
             p.data.copy_(tensors[f"theta_phi.{i}"])
-            average.module[i].data.copy_(tensors[f"average.{i}"])
-        average.n_averaged += 1
+            average[i].copy_(tensors[f"average.{i}"])
         load_optimizer(optimizer, tensors)
     if rank == 0:
         tasks = len({path.parent for path in data.paths})
@@ -268,7 +266,9 @@ def train_sft(
                 f"the loss is {loss.item()} at step {step}: delete {stage.folder}, then use a smaller --lr"
             )
         optimizer.step()
-        average.update_parameters(torch.nn.ParameterList(trained))
+        # The first step's weights begin the average.
+        weight = 1 - schedule.ema_decay() if step else 1.0
+        torch._foreach_lerp_(average, [p.detach() for p in trained], weight)
         step += 1
 
         losses.append(loss.item())
@@ -279,10 +279,10 @@ def train_sft(
         bar.update()
         if stage.should_save():
             state = {f"theta_phi.{i}": p.data for i, p in enumerate(trained)}
-            state |= {f"average.{i}": p.data for i, p in enumerate(average.module)}
+            state |= {f"average.{i}": p.data for i, p in enumerate(average)}
             stage.save(state | optimizer_tensors(optimizer), {"step": step, "frames": len(data)})
     bar.close()
-    for p, mean in zip(trained, average.module):
+    for p, mean in zip(trained, average):
         p.data.copy_(mean)
 
 

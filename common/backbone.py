@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 def local_vlm(name: str) -> Path | None:
-    """Return a local VLM's folder, looked for in the current folder and in the project; None if there is none."""
+    """Return a local VLM's folder, looked for in the current folder and in the project, or None."""
     return next((p.resolve() for p in (Path(name), ROOT / name) if p.is_dir()), None)
 
 
