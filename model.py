@@ -45,7 +45,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Blip2ForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.backbone import build_tiny, download_checkpoint, load_backbone, pick_dtype
+from common.backbone import (
+    build_tiny,
+    download_checkpoint,
+    load_backbone,
+    pick_dtype,
+    recorded_name,
+)
 from common.digests import check_digests, digests
 from common.distributed import barrier, rank_and_world_size
 from common.errors import UserError
@@ -126,13 +132,16 @@ class Head(nn.Module):
 
 @dataclass
 class VLAConfig:
-    """How `VLA.create` makes a new VLA. Without LoRA's two fields it is part of every checkpoint's config.json."""
+    """How `VLA.create` makes a new VLA. Without the last three fields it is part of every checkpoint's config.json."""
 
     vlm: str  # "tiny", a local BLIP-2 folder, or a hub name
     domain: str  # domains/<name>.py
     action_dim: int  # A
     image_size: int  # pixels of the square camera image
     dtype: str = ""  # precision of the VLM: bfloat16, float32, or "" for the faster one
+    theta: str = (
+        "lora"  # the weights that SFT trains: lora or whole; `tiny` is always trained whole
+    )
     lora_rank: int = 32
     lora_targets: str = "all"  # a key of LORA_TARGETS
 
@@ -320,13 +329,8 @@ class VLA(nn.Module):
         Raises UserError for a VLM that cannot be loaded.
         """
         tiny = config.vlm == "tiny"
-        # A local folder is recorded by its resolved path, so that the checkpoint loads from any
-        # working directory.
-        vlm = (
-            str(Path(config.vlm).resolve())
-            if Path(config.vlm).is_dir() and not tiny
-            else config.vlm
-        )
+        whole = tiny or config.theta == "whole"
+        vlm = recorded_name(config.vlm)
         if tiny and rank_and_world_size()[0] == 0:
             build_tiny(Path(folder) / "vlm", words, config.image_size)
         barrier()
@@ -338,8 +342,10 @@ class VLA(nn.Module):
             "image_size": config.image_size,
             "dtype": config.dtype or pick_dtype(config.vlm)[0],
         }
-        vla = cls(*load_backbone(Path(folder), about, train_whole=tiny), about)
-        if not tiny:
+        vla = cls(*load_backbone(Path(folder), about, train_whole=whole), about)
+        if whole:
+            vla.config["weights"] = "vlm"  # every checkpoint holds its own
+        else:
             vla.add_lora(config.lora_rank, config.lora_targets)
         return vla
 

@@ -53,6 +53,7 @@ class Args:
     cache: bool = False  # keep the frozen vision side's outputs on disk; no augmentation
     accumulate: int = 1  # parts in which a batch passes the VLM: same gradient, less memory
     checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
+    theta: Literal["lora", "whole"] = "lora"  # weights to train; `tiny` is always trained whole
     lora_rank: int = 32  # rank of a pre-trained VLM's LoRA
     lora_targets: Literal["all", "language"] = "all"  # linear layers that get LoRA
     dtype: Literal["", "bfloat16", "float32"] = ""  # of the VLM (default: the faster one)
@@ -76,7 +77,7 @@ import torch
 from tqdm import tqdm
 
 from common.augment import augment, draw_augmentation
-from common.backbone import TINY_PATCH
+from common.backbone import SMALL_VLM, TINY_PATCH
 from common.demonstrations import Recording, collect_demonstrations
 from common.devices import pick_device, use_threads
 from common.distributed import barrier, broadcast, mean_over_ranks, rank_and_world_size
@@ -90,7 +91,6 @@ from evaluate import evaluate_stage, only_simulated, skip_if_done
 from model import VLA, VLAConfig, describe, set_trainable
 
 SHORT_RUN = 1000  # optimizer steps; shorter runs warm up and average over a share of their steps
-SMALL_VLM = 50e6  # weights; the matrix products of a larger one keep several CPU threads busy
 MAX_WORKERS = 4  # threads that share a batch: Python itself runs in one of them at a time
 
 
@@ -207,8 +207,7 @@ def train_sft(
     if args.cache:
         use_token_cache(data, vla)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema_decay())
-    average = torch.optim.swa_utils.AveragedModel(torch.nn.ParameterList(trained), multi_avg_fn=ema)
+    average = [p.detach().clone() for p in trained]
 
     # --- resume
     tensors, counters = stage.load()
@@ -222,8 +221,7 @@ def train_sft(
     if step:
         for i, p in enumerate(trained):
             p.data.copy_(tensors[f"theta_phi.{i}"])
-            average.module[i].data.copy_(tensors[f"average.{i}"])
-        average.n_averaged += 1
+            average[i].copy_(tensors[f"average.{i}"])
         load_optimizer(optimizer, tensors)
     if rank == 0:
         tasks = len({path.parent for path in data.paths})
@@ -268,7 +266,9 @@ def train_sft(
                 f"the loss is {loss.item()} at step {step}: delete {stage.folder}, then use a smaller --lr"
             )
         optimizer.step()
-        average.update_parameters(torch.nn.ParameterList(trained))
+        # The first step's weights begin the average.
+        weight = 1 - schedule.ema_decay() if step else 1.0
+        torch._foreach_lerp_(average, [p.detach() for p in trained], weight)
         step += 1
 
         losses.append(loss.item())
@@ -279,10 +279,10 @@ def train_sft(
         bar.update()
         if stage.should_save():
             state = {f"theta_phi.{i}": p.data for i, p in enumerate(trained)}
-            state |= {f"average.{i}": p.data for i, p in enumerate(average.module)}
+            state |= {f"average.{i}": p.data for i, p in enumerate(average)}
             stage.save(state | optimizer_tensors(optimizer), {"step": step, "frames": len(data)})
     bar.close()
-    for p, mean in zip(trained, average.module):
+    for p, mean in zip(trained, average):
         p.data.copy_(mean)
 
 
@@ -362,6 +362,7 @@ def main(args: Args) -> None:
         action_dim=actions.shape[1],
         image_size=args.image_size,
         dtype=args.dtype,
+        theta=args.theta,
         lora_rank=args.lora_rank,
         lora_targets=args.lora_targets,
     )

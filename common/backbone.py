@@ -20,13 +20,32 @@ from transformers.utils import logging as hf_logging
 from common.devices import free_memory
 from common.errors import UserError
 from common.files import read_json, read_tensors
+from common.processes import ROOT
 
 TINY_PATCH = 16  # pixels of the square patches of `tiny`
+SMALL_VLM = 50e6  # weights; a smaller VLM is fast in float32, and its matrix products are too small to be divided
 MAX_WEIGHTS_SHARE = 0.6  # share of the free memory that float32 weights may take
 
 hf_logging.disable_progress_bar()
 # PEFT asks transformers by an old name.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+
+
+def local_vlm(name: str) -> Path | None:
+    """Return a local VLM's folder, looked for in the current folder and in the project, or None."""
+    return next((p.resolve() for p in (Path(name), ROOT / name) if p.is_dir()), None)
+
+
+def recorded_name(vlm: str) -> str:
+    """Return a VLM's name in config.json.
+
+    A folder of the project is recorded by its path in it, so that the checkpoint loads wherever the
+    project is. Any other folder is recorded by its whole path, so that it loads from any folder.
+    """
+    folder = local_vlm(vlm)
+    if folder is None or vlm == "tiny":
+        return vlm
+    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
 
 
 def load_backbone(
@@ -39,7 +58,8 @@ def load_backbone(
     UserError for what is not a BLIP-2 or is incomplete.
     """
     in_checkpoint = config["weights"] == "vlm"
-    source = Path(folder) / "vlm" if in_checkpoint else config["weights"]
+    source = config["weights"]
+    source = Path(folder) / "vlm" if in_checkpoint else local_vlm(source) or source
     # A frozen VLM needs no float32 weights. In one that is trained whole, small steps would round
     # to nothing.
     dtype = torch.float32 if train_whole or in_checkpoint else getattr(torch, config["dtype"])
@@ -75,16 +95,15 @@ def load_backbone(
 def pick_dtype(vlm: str) -> tuple[str, str]:
     """Return (precision of the VLM's arithmetic, the reason): bfloat16, or float32 where that is faster and fits.
 
-    vlm: "tiny", a local BLIP-2 folder, or a hub name. `tiny` is trained whole, hence has float32
-    weights anyway: on a CPU without AMX it trains 1.4 times faster in float32
-    (results/experiments.md). On a CPU without any bfloat16 units, a step of bfloat16 takes 8 to 15
-    times as long as one of float32 (torch 2.13).
+    vlm: "tiny", a local BLIP-2 folder, or a hub name. On a CPU without AMX, a small VLM trains 1.4
+    times faster in float32 (results/experiments.md). On a CPU without any bfloat16 units, a step of
+    bfloat16 takes 8 to 15 times as long as one of float32 (torch 2.13).
     """
     if torch.cuda.is_available():
         return "bfloat16", "the GPU computes it fastest"
     if torch.cpu._is_amx_tile_supported():
         return "bfloat16", "this CPU has AMX units for it"
-    if vlm == "tiny":
+    if vlm == "tiny" or count_parameters(vlm) < SMALL_VLM:
         return "float32", "this CPU has no AMX units for bfloat16"
     if has_bfloat16_units():
         return "bfloat16", "this CPU has units for it"
@@ -116,10 +135,11 @@ def count_parameters(vlm: str) -> int:
 def read_config(vlm: str) -> Blip2Config:
     """Return a BLIP-2's configuration. Its weights may be missing. Raises UserError without one."""
     # transformers would read its default configuration.
-    if Path(vlm).is_dir() and not (Path(vlm) / "config.json").exists():
+    folder = local_vlm(vlm)
+    if folder is not None and not (folder / "config.json").exists():
         raise not_a_blip2(vlm, FileNotFoundError("config.json is missing"))
     try:
-        return Blip2Config.from_pretrained(vlm)
+        return Blip2Config.from_pretrained(folder or vlm)
     except (OSError, ValueError) as error:
         raise not_a_blip2(vlm, error) from error
 

@@ -39,6 +39,7 @@ from common.files import (
     try_lock,
     write_json,
 )
+from common.processes import ROOT
 from common.versions import versions
 
 # Arguments that do not change a stage's result.
@@ -49,6 +50,7 @@ NON_IDENTITY_ARGS = (
     "device",
     "threads",
     "episodes",
+    "all_tasks",
     "accumulate",
     "checkpointing",
 )
@@ -98,11 +100,9 @@ def checkpoint_config(folder: str | Path, *needed: str) -> dict:
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Return whether this is user/name on the Hugging Face hub, and not a local path."""
-    return (
-        bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)))
-        and not Path(name).parent.exists()
-    )
+    """Return whether this is user/name on the Hugging Face hub, and not a path here or in the project."""
+    local = any((base / name).parent.exists() for base in (Path(), ROOT))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))) and not local
 
 
 def renamed(args: dict) -> dict:

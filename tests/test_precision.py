@@ -53,6 +53,22 @@ def test_a_local_vlm_is_found_from_any_folder(backbone, tmp_path, monkeypatch):
     assert "config.json names as its weights" in message and "--vlm" not in message
 
 
+def test_a_vlm_of_the_project_moves_with_it(backbone, tmp_path, monkeypatch):
+    """Its path in the project is recorded, so a checkpoint loads in another clone. `whole` keeps its own weights."""
+    for clone in ("here", "there"):
+        shutil.copytree(backbone, tmp_path / clone / "pretrained/vlm")
+    monkeypatch.setattr("common.backbone.ROOT", tmp_path / "here")
+    lora = make_vla(tmp_path / "run", "pretrained/vlm")
+    lora.save(tmp_path / "lora")
+    whole = make_vla(tmp_path / "run2", "pretrained/vlm", theta="whole")
+    whole.save(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "here")
+    monkeypatch.setattr("common.backbone.ROOT", tmp_path / "there")
+    assert lora.has_lora and VLA.load(tmp_path / "lora").config["weights"] == "pretrained/vlm"
+    loaded = VLA.load(tmp_path / "whole")
+    assert not loaded.has_lora and len(loaded.theta()) == len(list(loaded.vlm.parameters()))
+
+
 def test_a_save_does_not_ask_the_hub(backbone, tmp_path, monkeypatch):
     """PEFT asks it for the VLM's vocabulary unless it is told what to save."""
     vla = make_vla(tmp_path / "run", backbone)

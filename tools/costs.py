@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 import stage0_sft
+from common.backbone import SMALL_VLM, local_vlm
 from common.devices import use_threads
 from model import LORA_TARGETS, VLA, Head, VLAConfig, set_trainable
 
@@ -74,7 +75,7 @@ def vla_costs(
     config: Blip2Config, args: stage0_sft.Args, action_dim: int, instructions: list[str]
 ) -> VLACosts:
     """Return the sizes of the VLA that stage 0, started with `args`, makes of a BLIP-2's configuration."""
-    whole = args.vlm == "tiny"
+    whole = args.vlm == "tiny" or args.theta == "whole"
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
     with torch.device("meta"):  # tensors with shapes and no content
         vlm = Blip2ForConditionalGeneration(config)
@@ -140,8 +141,9 @@ def median_seconds(work: Callable, budget: float = 0.4) -> float:
 
 def weights_are_here(vlm: str | Path) -> bool:
     """Return whether a VLM's weights are on this machine: in a local folder, or in the hub's cache."""
-    if Path(vlm).is_dir():
-        return any((Path(vlm) / name).exists() for name in WEIGHT_FILES)
+    folder = local_vlm(str(vlm))
+    if folder is not None:
+        return any((folder / name).exists() for name in WEIGHT_FILES)
     return any(isinstance(try_to_load_from_cache(str(vlm), name), str) for name in WEIGHT_FILES)
 
 
@@ -155,6 +157,7 @@ def measure_speed(
         action_dim=action_dim,
         image_size=args.image_size,
         dtype=args.dtype,
+        theta=args.theta,
         lora_rank=args.lora_rank,
         lora_targets=args.lora_targets,
     )
@@ -162,7 +165,7 @@ def measure_speed(
     set_trainable(vla.parameters(), False)
     set_trainable(vla.theta() + vla.phi(), True)
     use_threads(args.threads)
-    n = 32 if args.vlm == "tiny" else 2
+    n = 32 if sum(p.numel() for p in vla.parameters()) < SMALL_VLM else 2
     images = np.zeros((n, args.image_size, args.image_size, 3), np.uint8)
     texts = [instructions[0]] * n
     action = torch.zeros(n, action_dim, device=device)

@@ -145,9 +145,13 @@ def print_plan(args: Args, plan: Plan) -> None:
 
 
 def check_d_e(plan: Plan) -> None:
-    """Raise UserError if D_e is missing and stage 0, which records it, is done: stage 2 would fail hours later."""
-    for task in plan.domain.EXPERT_TASKS:
-        if not episode_ids(plan.data / task):
+    """Raise UserError if some tasks of D_e are missing and stage 0 is done: stage 2 would fail hours later.
+
+    If all are missing, stage 2 records them.
+    """
+    missing = [task for task in plan.domain.EXPERT_TASKS if not episode_ids(plan.data / task)]
+    if len(missing) < len(plan.domain.EXPERT_TASKS):
+        for task in missing:
             raise UserError(
                 f"{plan.data / task} holds no episodes, although stage 0 is finished: restore them, or "
                 f"record them again: python stage0_sft.py --domain {plan.domain.NAME} --data {plan.data.parent} "
