@@ -25,14 +25,15 @@ from common.cli import parse
 class Args:
     out: str = "pretrained/blip2-tiny"  # folder of the finished model
     work: str = "runs/pretrain"  # folder of the scenes and of the training's state
-    shards: int = 64  # of 1,000 scenes each; the last one is held out
-    vision_steps: int = 12000  # optimizer steps of the vision tower
-    language_steps: int = 12000  # optimizer steps of Q-Former and language model
+    vision_shards: int = 32  # of 1,000 scenes each, for the vision tower; the first one is held out
+    shards: int = 64  # for Q-Former and language model
+    vision_steps: int = 5000  # optimizer steps of the vision tower
+    language_steps: int = 8000  # optimizer steps of Q-Former and language model
     vision_batch: int = 48  # scenes a step
     language_batch: int = 64  # scenes a step, with 4 questions each
     vision_lr: float = 1.5e-3  # peak learning rate of the vision tower
     language_lr: float = 1e-3  # peak learning rate of Q-Former and language model
-    tower_lr: float = 0.2  # the vision tower's learning rate in part 3, in units of language_lr
+    tower_lr: float = 0.3  # the vision tower's learning rate in part 3, in units of language_lr
     now: bool = False  # score and write the present state instead of training on
     seed: int = 0  # of scenes, weights and batches
     threads: int = 1  # CPU threads of torch, and processes that draw scenes
@@ -386,14 +387,14 @@ def settle_unseen_words(learner: Learner, seen: set[int]) -> None:
 
 def seen_words(scenes: Scenes, learner: Learner) -> set[int]:
     """Return the tokens that questions and answers use."""
-    asker = Asker(scenes.batch(np.arange(SHARD)), np.random.default_rng(0), 1)
+    asker = Asker(scenes.batch(SHARD + np.arange(SHARD)), np.random.default_rng(0), 1)
     texts = {text for q in asker.questions(4 * QUESTIONS) for text in (q.text, q.answer)}
     return {number for text in texts for number in learner.tokenize([text])[0]}
 
 
 def export(args: Args, learner: Learner, scenes: Scenes, vision: int, language: int) -> None:
     """Score the model on held-out scenes, and write it with its card. vision, language: steps of the two parts."""
-    held_out = scenes.batch(np.arange(scenes.size - HELD_OUT, scenes.size))
+    held_out = scenes.batch(np.arange(HELD_OUT))
     scores = score(learner, held_out)
     settle_unseen_words(learner, seen_words(scenes, learner))
     out = make_folder(args.out)
@@ -411,7 +412,7 @@ def export(args: Args, learner: Learner, scenes: Scenes, vision: int, language: 
         "vision_batch": args.vision_batch,
         "language_batch": args.language_batch,
         "shards": args.shards,
-        "scenes": scenes.size - HELD_OUT,
+        "scenes": SHARD * args.shards - HELD_OUT,
         "held_out": HELD_OUT,
     }
     write_card(out, learner.vlm, scores, training)
@@ -422,29 +423,32 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     work = make_folder(args.work)
     log = work / "log.txt"
-    draw_missing(work / "scenes", args.seed, args.shards, args.threads, args.nice)
-    scenes = Scenes(work / "scenes", args.shards)
-    trained_on = scenes.size - HELD_OUT
     torch.manual_seed(args.seed)
     learner = Learner()
 
-    def draw(part: str, step: int, size: int) -> tuple[dict, np.random.Generator]:
-        # A step's batch depends on (seed, part, step) alone.
-        rng = np.random.default_rng([args.seed, len(part), step])
-        return scenes.batch(rng.choice(trained_on, size, replace=False)), rng
+    def drawn(shards: int) -> Scenes:
+        draw_missing(work / "scenes", args.seed, shards, args.threads, args.nice)
+        return Scenes(work / "scenes", shards)
 
+    def batch(scenes: Scenes, part: int, step: int, n: int) -> tuple[dict, np.random.Generator]:
+        # A step's batch depends on (seed, part, step) alone.
+        rng = np.random.default_rng([args.seed, part, step])
+        return scenes.batch(HELD_OUT + rng.choice(scenes.size - HELD_OUT, n, replace=False)), rng
+
+    scenes = drawn(args.vision_shards)
     vision = vision_part(args, learner)
     if not args.now:
         vision.train(
-            lambda step: {"dense": learner.vision_loss(*draw("vision", step, args.vision_batch))},
+            lambda step: {"dense": learner.vision_loss(*batch(scenes, 1, step, args.vision_batch))},
             log,
         )
     vision.use_average()
     language = language_part(args, learner)
     if not args.now:
+        scenes = drawn(args.shards)
         language.train(
             lambda step: learner.language_loss(
-                *draw("language", step, args.language_batch), min_cells(step, args.language_steps)
+                *batch(scenes, 2, step, args.language_batch), min_cells(step, args.language_steps)
             ),
             log,
         )

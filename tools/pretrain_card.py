@@ -60,7 +60,7 @@ Words that no question used have random embeddings.
 1. The vision tower ({vision:,} steps of {vision_batch} scenes) predicts for each patch what each cell of 2 x 2 px
    shows (noun, colour, depth), and the ways to the nearest part and to the gripper.
 2. Q-Former and language model ({language:,} steps of {language_batch} scenes with 4 questions each) learn to answer
-   questions in words. The tower learns on at a fifth of their learning rate. Two auxiliary losses read the patches'
+   questions in words. The tower learns on with a smaller step. Two auxiliary losses read the patches'
    targets from the image tokens, and the place of the asked part from the latents.
 
 The weights are a moving average.
