@@ -27,13 +27,13 @@ class Args:
     work: str = "runs/pretrain"  # folder of the scenes and of the training's state
     vision_shards: int = 32  # of 1,000 scenes each, for the vision tower; the first one is held out
     shards: int = 64  # for Q-Former and language model
-    vision_steps: int = 5000  # optimizer steps of the vision tower
+    vision_steps: int = 3000  # optimizer steps of the vision tower
     language_steps: int = 8000  # optimizer steps of Q-Former and language model
     vision_batch: int = 48  # scenes a step
-    language_batch: int = 64  # scenes a step, with 4 questions each
+    language_batch: int = 48  # scenes a step, with 4 questions each
     vision_lr: float = 1.5e-3  # peak learning rate of the vision tower
     language_lr: float = 1e-3  # peak learning rate of Q-Former and language model
-    tower_lr: float = 0.3  # the vision tower's learning rate in part 3, in units of language_lr
+    tower_lr: float = 0.4  # the vision tower's learning rate in part 3, in units of language_lr
     now: bool = False  # score and write the present state instead of training on
     seed: int = 0  # of scenes, weights and batches
     threads: int = 1  # CPU threads of torch, and processes that draw scenes
@@ -67,6 +67,7 @@ from tools.pretrain_vlm import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, build_vlm
 WARMUP = 200  # optimizer steps
 COOLDOWN = 0.15  # share of a part's steps in which the learning rate falls to zero
 EMA = 0.998  # decay of the weights' moving average
+MUON_LR = 2.0  # Muon's learning rate in units of AdamW's
 SAVE_STEPS = 100  # optimizer steps between two saved states
 QUESTIONS = 4  # a scene
 MIN_CELLS = (16, 2)  # cells that a part must show, at the start and from half of the steps on
@@ -212,20 +213,28 @@ class Part:
         self.path = folder / f"{name}.safetensors"
         self.name = name
         self.steps = steps
-        self.peaks = [lr for _, lr in groups]
         self.weights = {n: p for group, _ in groups for n, p in group.items()}
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(group.values())} for group, _ in groups],
-            betas=(0.9, 0.98),
-            weight_decay=0.02,
-            fused=True,
-        )
+        matrices = []
+        others = []
+        for group, lr in groups:
+            hidden = {n: p for n, p in group.items() if is_hidden_matrix(n, p)}
+            rest = [p for n, p in group.items() if n not in hidden]
+            if hidden:
+                matrices.append({"params": list(hidden.values()), "peak": MUON_LR * lr})
+            others.append({"params": rest, "peak": lr})
+        # Muon needs 1.6 times fewer steps than AdamW alone (results/experiments.md).
+        self.optimizers = [
+            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.02, fused=True),
+        ]
         self.average = {n: p.detach().clone() for n, p in self.weights.items()}
         self.step = 0
         if self.path.exists():
             tensors, metadata = read_tensors(self.path)
             self.step = int(metadata["step"])
-            load_optimizer(self.optimizer, tensors)
+            for i, optimizer in enumerate(self.optimizers):
+                mine = {n: t for n, t in tensors.items() if n.startswith(f"{i}/")}
+                load_optimizer(optimizer, {n.split("/", 1)[1]: t for n, t in mine.items()})
             for n, p in self.weights.items():
                 p.data.copy_(tensors[f"now.{n}"])
                 self.average[n].copy_(tensors[f"average.{n}"])
@@ -235,7 +244,10 @@ class Part:
         return self.step >= self.steps
 
     def save(self) -> None:
-        tensors = optimizer_tensors(self.optimizer)
+        tensors = {}
+        for i, optimizer in enumerate(self.optimizers):
+            state = optimizer_tensors(optimizer)
+            tensors |= {f"{i}/{n}": t for n, t in state.items()}
         for n, p in self.weights.items():
             tensors[f"now.{n}"] = p.detach().clone()
             tensors[f"average.{n}"] = self.average[n]
@@ -257,13 +269,15 @@ class Part:
         bar = tqdm(desc=self.name, total=self.steps, initial=self.step, smoothing=0.02)
         sums = {}
         while not self.done:
-            for group, peak in zip(self.optimizer.param_groups, self.peaks):
-                group["lr"] = peak * self.lr_factor()
             parts = losses(self.step)
-            self.optimizer.zero_grad()
+            for p in self.weights.values():
+                p.grad = None
             sum(parts.values()).backward()
             nn.utils.clip_grad_norm_(list(self.weights.values()), 1.0)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * self.lr_factor()
+                optimizer.step()
             self.step += 1
             decay = min(EMA, self.step / (self.step + 10))
             with torch.no_grad():
@@ -282,6 +296,12 @@ class Part:
                 sums = {}
                 self.save()
         bar.close()
+
+
+def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
+    """Return whether a weight is a matrix between hidden layers, which Muon trains."""
+    outside = name.split(".")[0] in ("dense", "dense_again", "point", "place")
+    return p.ndim == 2 and "embed" not in name and not outside
 
 
 def named(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:
