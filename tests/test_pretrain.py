@@ -125,7 +125,6 @@ def test_a_stopped_run_resumes_with_the_same_numbers(scenes, tmp_path, monkeypat
         args = pretrain.Args(
             out=str(tmp_path / work / "out"),
             work=str(tmp_path / work),
-            vision_shards=2,
             shards=2,
             vision_steps=4,
             language_steps=4,

@@ -25,8 +25,7 @@ from common.cli import parse
 class Args:
     out: str = "pretrained/blip2-tiny"  # folder of the finished model
     work: str = "runs/pretrain"  # folder of the scenes and of the training's state
-    vision_shards: int = 32  # of 1,000 scenes each, for the vision tower; the first one is held out
-    shards: int = 64  # for Q-Former and language model
+    shards: int = 32  # of 1,000 scenes each; the first one is held out
     vision_steps: int = 3000  # optimizer steps of the vision tower
     language_steps: int = 8000  # optimizer steps of Q-Former and language model
     vision_batch: int = 48  # scenes a step
@@ -432,7 +431,7 @@ def export(args: Args, learner: Learner, scenes: Scenes, vision: int, language: 
         "vision_batch": args.vision_batch,
         "language_batch": args.language_batch,
         "shards": args.shards,
-        "scenes": SHARD * args.shards - HELD_OUT,
+        "scenes": scenes.size - HELD_OUT,
         "held_out": HELD_OUT,
     }
     write_card(out, learner.vlm, scores, training)
@@ -446,29 +445,26 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     learner = Learner()
 
-    def drawn(shards: int) -> Scenes:
-        draw_missing(work / "scenes", args.seed, shards, args.threads, args.nice)
-        return Scenes(work / "scenes", shards)
+    draw_missing(work / "scenes", args.seed, args.shards, args.threads, args.nice)
+    scenes = Scenes(work / "scenes", args.shards)
 
-    def batch(scenes: Scenes, part: int, step: int, n: int) -> tuple[dict, np.random.Generator]:
+    def batch(part: int, step: int, n: int) -> tuple[dict, np.random.Generator]:
         # A step's batch depends on (seed, part, step) alone.
         rng = np.random.default_rng([args.seed, part, step])
         return scenes.batch(HELD_OUT + rng.choice(scenes.size - HELD_OUT, n, replace=False)), rng
 
-    scenes = drawn(args.vision_shards)
     vision = vision_part(args, learner)
     if not args.now:
         vision.train(
-            lambda step: {"dense": learner.vision_loss(*batch(scenes, 1, step, args.vision_batch))},
+            lambda step: {"dense": learner.vision_loss(*batch(1, step, args.vision_batch))},
             log,
         )
     vision.use_average()
     language = language_part(args, learner)
     if not args.now:
-        scenes = drawn(args.shards)
         language.train(
             lambda step: learner.language_loss(
-                *batch(scenes, 2, step, args.language_batch), min_cells(step, args.language_steps)
+                *batch(2, step, args.language_batch), min_cells(step, args.language_steps)
             ),
             log,
         )
