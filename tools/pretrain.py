@@ -29,7 +29,7 @@ class Args:
     vision_steps: int = 3000  # optimizer steps of the vision tower
     language_steps: int = 8000  # optimizer steps of Q-Former and language model
     vision_batch: int = 48  # scenes a step
-    language_batch: int = 48  # scenes a step, with 4 questions each
+    language_batch: int = 32  # scenes a step, with 4 questions each
     vision_lr: float = 1.5e-3  # peak learning rate of the vision tower
     language_lr: float = 1e-3  # peak learning rate of Q-Former and language model
     tower_lr: float = 0.4  # the vision tower's learning rate in part 3, in units of language_lr
