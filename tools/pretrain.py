@@ -27,7 +27,7 @@ class Args:
     work: str = "runs/pretrain"  # folder of the scenes and of the training's state
     shards: int = 32  # of 1,000 scenes each; the first one is held out
     vision_steps: int = 3000  # optimizer steps of the vision tower
-    language_steps: int = 8000  # optimizer steps of Q-Former and language model
+    language_steps: int = 5000  # optimizer steps of Q-Former and language model
     vision_batch: int = 48  # scenes a step
     language_batch: int = 32  # scenes a step, with 4 questions each
     vision_lr: float = 1.5e-3  # peak learning rate of the vision tower
