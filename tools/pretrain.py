@@ -60,6 +60,7 @@ from model import Head
 from tools.pretrain_card import write_card
 from tools.pretrain_data import SHARD, Scenes, draw_missing
 from tools.pretrain_dense import DenseHead, dense_loss, dense_scores, make_targets
+from tools.pretrain_muon import Muon
 from tools.pretrain_questions import Asker, Question, build_tokenizer
 from tools.pretrain_vlm import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, build_vlm
 
@@ -223,7 +224,7 @@ class Part:
             others.append({"params": rest, "peak": lr})
         # Muon needs 1.6 times fewer steps than AdamW alone (results/experiments.md).
         self.optimizers = [
-            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, weight_decay=0.02),
             torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.02, fused=True),
         ]
         self.average = {n: p.detach().clone() for n, p in self.weights.items()}
