@@ -13,7 +13,7 @@ Pre-train the tiny BLIP-2 on random scenes of generic things, and write it to pr
 
 The same seed makes the same model on the same machine. A killed run resumes from its last saved state.
 
-python -m tools.pretrain                    one CPU thread: some hours
+python -m tools.pretrain                    one CPU thread: two hours
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from common.cli import parse
 class Args:
     out: str = "pretrained/blip2-tiny"  # folder of the finished model
     work: str = "runs/pretrain"  # folder of the scenes and of the training's state
-    shards: int = 32  # of 1,000 scenes each; the first one is held out
-    vision_steps: int = 3000  # optimizer steps of the vision tower
-    language_steps: int = 5000  # optimizer steps of Q-Former and language model
+    shards: int = 40  # of 1,000 scenes each; the first one is held out
+    vision_steps: int = 5000  # optimizer steps of the vision tower
+    language_steps: int = 6000  # optimizer steps of Q-Former and language model
     vision_batch: int = 48  # scenes a step
     language_batch: int = 32  # scenes a step, with 4 questions each
     vision_lr: float = 1.5e-3  # peak learning rate of the vision tower
