@@ -6,9 +6,9 @@ forward and the backward pass.
 
 import torch
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, as in torch.optim.Muon
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Newton-Schulz iteration, as in torch.optim.Muon
 ITERATIONS = 5
-RMS = 0.2  # of an update's elements in units of the learning rate, about as with AdamW
+RMS = 0.2  # rms of an update in units of the learning rate, about as with AdamW
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
