@@ -30,6 +30,7 @@ TOP_LEVEL = {  # what is not in README's table of files
     "docs",
     "benchmarks",
     "results",
+    "pretrained",
     "tests",
     "findings",
 }

@@ -46,7 +46,15 @@ def product_files():
         ROOT,
         *(
             ROOT / name
-            for name in ("common", "domains", "robot", "robot/sim", "tools", "benchmarks")
+            for name in (
+                "common",
+                "domains",
+                "robot",
+                "robot/sim",
+                "tools",
+                "tools/pretraining",
+                "benchmarks",
+            )
         ),
     ]
     return sorted(
