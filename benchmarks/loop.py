@@ -64,7 +64,7 @@ class Checkout:
         self.root = root
         self.scratch = scratch
         self.data = scratch / "D_e"
-        self.start = scratch / "0-sft"
+        self.start = scratch / "untrained"
 
     def popen(self, *command: object) -> subprocess.Popen:
         """Start a command in the checkout, in a process group of its own."""
@@ -137,7 +137,7 @@ def start(side: Checkout) -> float:
 
 def sft(side: Checkout) -> float:
     """Return the samples/s of stage 0 with its default batch and threads, over 100 steps."""
-    out = side.fresh("sft")
+    out = side.fresh("timed-sft")
     stage = [
         sys.executable,
         "stage0_sft.py",
