@@ -180,6 +180,14 @@ def cell(count: dict[str, int] | None) -> str:
     return f"{rate(count):.2f} [{low:.2f}, {high:.2f}]"
 
 
+def split_cell(stage: dict, split: str) -> str:
+    """Return a split's cell of a stage. Stage 1 has its own task's among the RL tasks, with its name."""
+    if split == "rl" and split not in stage["splits"] and len(stage["tasks"]) == 1:
+        ((task, own),) = stage["tasks"].items()
+        return f"{task}: {cell(own)}"
+    return cell(stage["splits"].get(split))
+
+
 def split_table(report: dict) -> list[str]:
     """Return the lines of the table that has a row for each stage and a column for each split."""
     lines = [
@@ -187,7 +195,7 @@ def split_table(report: dict) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for stage in report["stages"]:
-        rates = " | ".join(cell(stage["splits"].get(split)) for split in COLOURS)
+        rates = " | ".join(split_cell(stage, split) for split in COLOURS)
         lines.append(
             f"| {stage['name']} | {rates} | {stage['seconds'] / 60:.1f} | {stage['env_steps']:,} |"
         )
