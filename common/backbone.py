@@ -103,11 +103,12 @@ def pick_dtype(vlm: str) -> tuple[str, str]:
         return "bfloat16", "the GPU computes it fastest"
     if torch.cpu._is_amx_tile_supported():
         return "bfloat16", "this CPU has AMX units for it"
-    if vlm == "tiny" or count_parameters(vlm) < SMALL_VLM:
+    parameters = 0 if vlm == "tiny" else count_parameters(vlm)
+    if parameters < SMALL_VLM:
         return "float32", "this CPU has no AMX units for bfloat16"
     if has_bfloat16_units():
         return "bfloat16", "this CPU has units for it"
-    size = 4 * count_parameters(vlm)
+    size = 4 * parameters
     free = free_memory(torch.device("cpu"))
     if size < MAX_WEIGHTS_SHARE * free:
         return (

@@ -420,3 +420,21 @@ def undisturbed(tmp_path_factory) -> tuple[Project, float]:
             (shared / "seconds").write_text(str(time.time() - began))
     shutil.copytree(shared / "runs", project.folder / "runs", dirs_exist_ok=True)
     return project, float((shared / "seconds").read_text())
+
+
+@pytest.fixture(scope="module")
+def url():
+    """The address of a simulated robot server in lock-step, a process for each file of tests."""
+    from robots import lockstep_process
+
+    with lockstep_process() as url:
+        yield url
+
+
+@pytest.fixture
+def robot_server(url, monkeypatch):
+    """A client of that server, which the environment variables name too."""
+    from robots import connected
+
+    with connected(url, monkeypatch) as client:
+        yield client

@@ -18,10 +18,8 @@ from robots import (
     NoOperator,
     Recorder,
     calm,
-    connected,
     drive,
     human,
-    lockstep_process,
     realtime,
     refused,
     serving,
@@ -36,19 +34,6 @@ from robot.clock import RealTimeClock
 from robot.env import Hold, PandaEnv
 from robot.limits import CHECKS, DOWN, JOINT_LIMITS, Fault, FaultKind, Limits, Tracking, check_state
 from robot.server import RobotConfig, RobotServer, parse_state, possible_grippers
-
-
-@pytest.fixture(scope="module")
-def url():
-    with lockstep_process() as url:
-        yield url
-
-
-@pytest.fixture
-def robot_server(url, monkeypatch):
-    with connected(url, monkeypatch) as client:
-        yield client
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is sent

@@ -11,25 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from robots import connected, lockstep_process, realtime, refused, start
+from robots import lockstep_process, realtime, refused, start
 
 import model
 import real_robot
 from common.episode_file import EVAL_SEED, ONLINE_SEED, episode_ids, open_episode
 from domains import panda
 from model import VLA
-
-
-@pytest.fixture(scope="module")
-def url():
-    with lockstep_process() as url:
-        yield url
-
-
-@pytest.fixture
-def robot_server(url, monkeypatch):
-    with connected(url, monkeypatch) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,8 @@ from robots import (
     FORWARD,
     LIMITS,
     calm,
-    connected,
     drive,
     human,
-    lockstep_process,
     realtime,
     refused,
     start,
@@ -35,19 +33,6 @@ from robot.limits import Fault, FaultKind
 from robot.operator import HumanOperator, Keyboard, SpaceMouse
 from robot.server import RobotConfig, parse_state
 from robot.signals import STOP_SIGNALS, SignalExit, delay_signals, stop_on_signals
-
-
-@pytest.fixture(scope="module")
-def url():
-    with lockstep_process() as url:
-        yield url
-
-
-@pytest.fixture
-def robot_server(url, monkeypatch):
-    with connected(url, monkeypatch) as client:
-        yield client
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators

@@ -6,7 +6,7 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
-from robots import CLOSE, FORWARD, LIMITS, connected, drive, lockstep_process, realtime, refused
+from robots import CLOSE, FORWARD, LIMITS, drive, realtime, refused
 from scipy.spatial.transform import Rotation
 
 from common.rates import all_tasks
@@ -16,16 +16,9 @@ from robot.server import OPENING, possible_grippers
 from robot.sim.world import World
 
 
-@pytest.fixture(scope="module")
-def url():
-    with lockstep_process() as url:
-        yield url
-
-
 @pytest.fixture
-def robot(url, monkeypatch):
-    with connected(url, monkeypatch) as client:
-        yield client
+def robot(robot_server):
+    return robot_server
 
 
 # ----------------------------------------------------------------------------------------------------------------------
