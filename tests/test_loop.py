@@ -208,7 +208,8 @@ def written_commands():
     script = r"python \w+\.py|python -m (?:tools|robot|benchmarks|domains)\.\w+|bash [\w/]+\.sh"
     line = re.compile(rf"(^[#\s$]*|`)((?:[A-Z_]+=\S+ )*(?:{script})(?: [^\n`]*)?)(?:$|`)", re.M)
     for path in sources:
-        for start, words in line.findall(path.read_text()):
+        text = re.sub(r"\s*\\{1,2}\n[#\s]*", " ", path.read_text())  # a command of several lines
+        for start, words in line.findall(text):
             words = re.split(r"\s{2,}|\s#|\s&", words)[0].strip()
             if (
                 "..." not in words

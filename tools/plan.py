@@ -15,15 +15,15 @@ from typing import Literal
 
 from common.cli import parse
 
+Method = Literal["ire-vla", "ire-vla-freeze", "ppo-replay", "rl-lora", "sft-only"]
+
 
 @dataclass
 class Args:
     domain: str  # name of a file in domains/
     vlm: str = "tiny"  # tiny, a BLIP-2 folder, or a hub name (Salesforce/blip2-opt-2.7b)
     rounds: int = 0  # rounds of RL and SFT (default: one for each RL task)
-    method: Literal["ire-vla", "ire-vla-freeze", "ppo-replay", "rl-lora", "sft-only"] = (
-        "ire-vla"  # METHOD of loop.sh
-    )
+    method: Method = "ire-vla"  # METHOD of loop.sh
     seed: int = 0  # seed of the run, only printed
     run: str = ""  # folder of the run (default: runs/<domain>-seed<seed>)
     data: str = "runs/D_e"  # folder of the expert episodes
