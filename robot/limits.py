@@ -198,10 +198,15 @@ class Tracking:
     gripper_hint: str = ""  # advice for a gripper that does not move
 
     def update(self, limits: Limits, state: RobotState, previous: RobotState | None) -> None:
-        """Count for how many steps a free arm has been commanded to move and has not."""
-        far = self.target is not None and np.linalg.norm(self.target[0] - state.position) > 0.01
+        """Count for how many steps a free arm has been commanded to move and has not.
+
+        A near target does not count, unless the state does not change at all.
+        """
         moved = previous is None or np.linalg.norm(state.position - previous.position) > 0.001
         self.repeated = previous is not None and np.array_equal(state.q, previous.q)
+        far = self.target is not None and (
+            self.repeated or np.linalg.norm(self.target[0] - state.position) > 0.01
+        )
         free = np.linalg.norm(state.force) < limits.contact_force or self.repeated
         self.still_steps = self.still_steps + 1 if far and not moved and free else 0
 

@@ -203,7 +203,18 @@ def test_an_arm_that_does_not_follow_is_noticed_in_time():
     assert steps_until_noticed(9, 0, far) is None  # it pushes
     assert steps_until_noticed(9, 0, far, same=True) == LIMITS.still_steps  # an old state
     assert steps_until_noticed(0, 1, far) is None
-    assert steps_until_noticed(0, 0, (np.array([0.505, 0, 0.2]), DOWN)) is None
+    near = (np.array([0.505, 0, 0.2]), DOWN)
+    assert steps_until_noticed(0, 0, near) is None
+    assert steps_until_noticed(0, 0, near, same=True) == LIMITS.still_steps
+
+
+def test_a_simulated_arm_at_rest_is_not_taken_for_dead(robot_server):
+    """A policy that hesitates for a whole episode ends it without a fault."""
+    env = PandaEnv(RobotConfig.from_environment(), "pick-carrot", 64, 60)
+    env.reset(seed=1)
+    steps, result = drive(env, np.zeros(7, np.float32), 60)
+    env.close()
+    assert steps == 60 and "fault" not in result[4]
 
 
 @pytest.mark.parametrize(
