@@ -261,12 +261,15 @@ def collect(
 ) -> None:
     """Run the zero-shot policy until it has succeeded 20 times, and keep those episodes.
 
-    Args: checkpoint: folder of the policy. task: a task of domains/panda.py. out: folder for the
-        episodes, such as runs/panda/D_rl/pick-eggplant; episodes that it holds count. successes:
-        number of successful episodes. frames: folder for each episode's last image, for the
-        classifier; empty: none. std: std of the exploration, in units of the action range; 0:
-        greedy. A policy that hesitates stands
-            still forever unless it explores; in simulation SACfD's attempts use 0.25.
+    Args:
+        checkpoint: folder of the policy.
+        task: a task of domains/panda.py.
+        out: folder for the episodes, such as runs/panda/D_rl/pick-eggplant; episodes that it holds
+            count.
+        successes: number of successful episodes.
+        frames: folder for each episode's last image, for the classifier; empty: none.
+        std: std of the exploration, in units of the action range; 0: greedy. A policy that hesitates
+            stands still forever unless it explores; in simulation SACfD's attempts use 0.25.
     """
     check_numbers({"successes": successes, "std": std}, ("successes",))
     domain = load_domain("panda")
@@ -323,10 +326,12 @@ def train(checkpoint: str, task: str, out: str, env_steps: int | None = None) ->
 
     It starts from the successes that `collect` has written to D_rl/<task>, in the folder of `out`.
 
-    Args: checkpoint: folder of the policy to start from. task: a task of domains/panda.py. out:
-        folder of the new checkpoint. env_steps: budget in environment steps of 0.1 s; None:
-        stage_rl.py's. When it is spent, the best policy is
-            saved.
+    Args:
+        checkpoint: folder of the policy to start from.
+        task: a task of domains/panda.py.
+        out: folder of the new checkpoint.
+        env_steps: budget in environment steps of 0.1 s; None: stage_rl.py's. When it is spent, the
+            best policy is saved.
     """
     check_task(task, load_domain("panda"))
     print(RobotConfig.from_environment())
@@ -423,10 +428,11 @@ def rate(task: str, outcomes: list[dict]) -> str:
 def classifier(frames: str, out: str, steps: int = 500) -> None:
     """Train the image classifier that can replace the operator's y key.
 
-    Args: frames: folder with success/*.png and failure/*.png: a few hundred images, two thirds of
-        them failures. Look
-            through them first.
-        out: file of the classifier, for ROBOT_REWARD. steps: optimizer steps, each on 64 images.
+    Args:
+        frames: folder with success/*.png and failure/*.png: a few hundred images, two thirds of them
+            failures. Look through them first.
+        out: file of the classifier, for ROBOT_REWARD.
+        steps: optimizer steps, each on 64 images.
     """
     check_numbers({"steps": steps}, ("steps",))
     check_output(out)

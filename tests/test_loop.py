@@ -1,6 +1,7 @@
 """The whole loop: every stage and file, and every command that it or a page names."""
 
 import functools
+import inspect
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import docstring_parser
 import pytest
 import torch
 import tyro
@@ -371,6 +373,20 @@ def test_help_explains_every_argument(script, capsys, monkeypatch):
     )
     for field in filter(str.strip, source.splitlines()):
         assert re.search(r"  # \w", field), f"{script}: {field.strip()} is not explained"
+
+
+@pytest.mark.parametrize("script", ["real_robot", "tools.compare"])
+def test_help_of_each_command_explains_every_argument(script):
+    """A line of its own for each argument in the docstring's Args, which tyro prints."""
+    module = import_module(script)
+    commands = re.search(r"parse_command\(\[(.*?)\]", Path(module.__file__).read_text()).group(1)
+    for name in commands.split(", "):
+        command = getattr(module, name)
+        explained = {
+            p.arg_name: p.description for p in docstring_parser.parse(command.__doc__).params
+        }
+        for argument in inspect.signature(command).parameters:
+            assert explained.get(argument), f"{script} {name}: {argument} is not explained"
 
 
 @pytest.mark.parametrize("words", ["real_robot.py", "-m tools.compare", "-m robot.sim"])
