@@ -81,6 +81,16 @@ class EpisodeDataset:
                     f"{path} was recorded with {key} {found}, but this is {expected}: "
                     f"delete its folder and rerun the command to collect it again"
                 )
+        folder = path.parent.name
+        if folder in domain.INSTRUCTIONS and header["task"] != folder:
+            raise UserError(
+                f"{path} is an episode of the task {header['task']}, but its folder is another task's: "
+                f"move it to its own, or delete it"
+            )
+        if header.get("success") == "0":
+            raise UserError(
+                f"{path} is an episode that did not succeed, which SFT would imitate: delete it"
+            )
         if not header["instruction"].strip():
             raise UserError(
                 f"{path} has no instruction, which the VLM needs: delete it and collect again"

@@ -398,6 +398,12 @@ class VLA(nn.Module):
                 f"incomplete checkpoint: {folder}/adapter_config.json is missing; use another checkpoint"
             )
         vla = cls(*load_backbone(folder, config, train_whole=not has_adapter), config)
+        seen = vla.vlm.config.vision_config.image_size
+        if config["vlm"] == "tiny" and config["image_size"] != seen:
+            raise UserError(
+                f"{folder}/config.json: image_size is {config['image_size']}, but its VLM sees {seen} pixels: "
+                f"correct the entry"
+            )
         if has_adapter:
             vla.load_adapter(folder)
         vla.load_heads(heads, folder)

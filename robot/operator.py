@@ -39,7 +39,10 @@ class SimOperator:
 
     def look(self) -> dict:
         """Return the view of an eye above the table: object_pose, grasp, success, target, seconds."""
-        return self.server.json("sim/look", timeout=self.timeout)
+        seen = self.server.json("sim/look", timeout=self.timeout)
+        if not isinstance(seen, dict) or not isinstance(seen.get("success"), bool):
+            raise Fault(f"the answer to /sim/look has no success: {seen!r:.60}", FaultKind.FATAL)
+        return seen
 
     def success(self, robot, image: np.ndarray) -> bool:
         return self.look()["success"]

@@ -120,6 +120,8 @@ def damage(path, how):
         write(path, size=10)
     elif how == "other action size":
         rewrite(path, action=np.zeros((5, 3), np.float32))
+    elif how == "no success":
+        rewrite(path, spelled={"success": "0"})
     elif how == "no instruction":
         write(path, instruction=" ")
     elif how == "lacks an entry":
@@ -146,6 +148,7 @@ KINDS += [
     "other domain",
     "other image size",
     "other action size",
+    "no success",
     "no instruction",
     "lacks an entry",
     "float images",
@@ -161,6 +164,16 @@ def test_a_bad_episode_is_refused_by_name(how, bead, tmp_path):
         write(tmp_path / f"{k:06d}.safetensors", seed=k)
     damage(tmp_path / "000001.safetensors", how)
     assert "000001.safetensors" in refused(read, tmp_path / "000001.safetensors", bead)
+
+
+def test_an_episode_in_another_task_s_folder_is_refused(bead, tmp_path):
+    """The folder's name decides how often its frames are drawn."""
+    one, other = list(bead.INSTRUCTIONS)[:2]
+    path = tmp_path / other / "000000.safetensors"
+    path.parent.mkdir()
+    write(path, task=one)
+    sentence = refused(read, path, bead)
+    assert str(path) in sentence and one in sentence
 
 
 def test_a_protocol_is_compared_by_content(bead, tmp_path):

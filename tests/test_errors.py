@@ -107,6 +107,7 @@ def test_a_flipped_byte_is_noticed(saved, tmp_path):
         ("action_dim", "2"),
         ("action_dim", -1),
         ("image_size", None),
+        ("image_size", 64),
         ("dtype", "float16"),
         ("dtype", None),
         ("sha256", []),

@@ -517,6 +517,22 @@ def test_an_answer_of_another_server_is_no_robot(monkeypatch):
             assert "is not a robot server" in refused(panda.make, "pick-can")
 
 
+@pytest.mark.parametrize("answer", ["null", "{}", "[true]"])
+def test_an_operator_s_view_of_another_kind_is_a_fault(answer, robot_server, monkeypatch):
+    """What /sim/look answers is checked before it is used, and the arm is ordered to hold."""
+    env = PandaEnv(RobotConfig.from_environment(), "pick-carrot", 64, 60)
+    env.reset(seed=1)
+    known = env.server.json
+    monkeypatch.setattr(
+        env.server,
+        "json",
+        lambda route, **k: json.loads(answer) if "look" in route else known(route, **k),
+    )
+    info = env.step(FORWARD)[4]
+    env.close()
+    assert "/sim/look" in info["fault"] and "ordered to hold" in info["fault"]
+
+
 def test_what_only_a_real_server_says():
     """HTML where JSON belongs, bare strings, 405, a hung server, and a slow joint reset."""
     zeros = {**calm(), "pose": [0.0] * 7, "gripper_pos": [0.04]}
