@@ -14,6 +14,7 @@ from common.rates import splits, wilson
 from domains import kitchen, metaworld
 from tools.compare import (
     curves_figure,
+    learned,
     pooled,
     read_runs,
     rounds,
@@ -186,6 +187,40 @@ def test_success_over_the_rounds_is_drawn(tmp_path):
     short = write_report(tmp_path / "short", metaworld, "ire-vla", 2, run.stages[:1])
     with pytest.raises(UserError, match="share no two"):
         rounds_figure([*folders, short], tmp_path / "none.png")
+
+
+def test_success_by_the_number_of_tasks_learned(tmp_path):
+    """`learned`: an RL task counts as learned from its round on; a stage on its own task alone is left out."""
+    rng = np.random.default_rng(0)
+    folders = []
+    ends = {}
+    for method, names in (
+        ("ire-vla", ["0-sft", "1-rl-button-press-new", "1-sft", "2-sft"]),
+        ("rl-lora", ["0-sft", "1-rl-button-press-new", "2-rl-drawer-open-new"]),
+    ):
+        outcomes = {name: random_outcomes(metaworld, rng) for name in names}
+        if method == "ire-vla":
+            outcomes[names[1]] = {"button-press-new": np.ones(EPISODES, int)}
+        stages = [stage(n, metaworld, o) for n, o in outcomes.items() if len(o) > 1]
+        only = [n for n, o in outcomes.items() if len(o) == 1]
+        stages[1:1] = [{**stages[0], "name": n, "tasks": {}, "outcomes": {}} for n in only]
+        ends[method] = outcomes[names[-1]]
+        folders.append(str(write_report(tmp_path / method, metaworld, method, 0, stages)))
+    learned(tuple(folders), str(tmp_path))
+    parts = (tmp_path / "learned.md").read_text().split("## ")
+    for title, tasks in (
+        ("RL tasks learned so far", metaworld.RL_TASKS[:2]),
+        ("RL tasks still to come", metaworld.RL_TASKS[2:]),
+        ("Unseen tasks", metaworld.UNSEEN_TASKS),
+    ):
+        part = next(part for part in parts if part.startswith(title))
+        assert "| method (seeds) | 0 | 1 | 2 |" in part
+        for method, end in ends.items():
+            row = next(line for line in part.splitlines() if line.startswith(f"| {method} (1)"))
+            rate = np.mean([end[task] for task in tasks])
+            assert row.strip(" |").split(" | ")[-1].startswith(f"{rate:.2f} [")
+    with pytest.raises(UserError, match="share no two"):
+        learned((str(write_report(tmp_path / "one", metaworld, "ire-vla", 1, stages[:1])),))
 
 
 def test_curves_need_finished_rl_stages(tmp_path):

@@ -2,6 +2,7 @@
 Compare runs: a table of several methods and seeds, training curves, and success over the rounds.
 
     python -m tools.compare table results/NAME/*-seed0 --out results/NAME
+    python -m tools.compare learned results/NAME/*-seed[12] --out results/NAME
     python -m tools.compare curves runs/fig4-NAME-seed0/s*/* --out runs/fig4-NAME-seed0
     python -m tools.compare rounds results/NAME/ire-vla-seed* --out results/NAME
 """
@@ -203,6 +204,50 @@ def table_text(folders: Iterable[str]) -> str:
             if a + b:
                 p = binomtest(a, a + b).pvalue
                 lines.append(f"| {first} against {second} | {split} | {a} | {b} | {p:.2g} |")
+    return "\n".join(lines) + "\n"
+
+
+def rounds_learned(run: Run) -> dict[int, dict]:
+    """Return {number of RL tasks learned: the last stage of that round}, of stages that were evaluated on all tasks."""
+    tasks = set(all_tasks(load_domain(run.domain)))
+    whole = [stage for stage in run.stages if tasks <= stage["tasks"].keys()]
+    return {int(stage["name"].split("-")[0]): stage for stage in whole}
+
+
+def learned_text(folders: Iterable[str]) -> str:
+    """Return the text of learned.md: what each method forgets, and what it transfers, as it learns task after task."""
+    runs = read_runs(folders)
+    domain = load_domain(runs[0].domain)
+    methods: dict[str, list[dict[int, dict]]] = {}
+    for run in runs:
+        methods.setdefault(run.method, []).append(rounds_learned(run))
+    shared = {m: set.intersection(*map(set, seeds)) for m, seeds in methods.items()}
+    counts = sorted(set().union(*shared.values()))
+    if len(counts) < 2:
+        raise UserError("the runs share no two evaluated rounds: evaluate the same rounds of each")
+    known = domain.RL_TASKS
+    splits_after = {
+        "Expert tasks": lambda i: domain.EXPERT_TASKS,
+        "RL tasks learned so far": lambda i: known[:i],
+        "RL tasks still to come": lambda i: known[i:],
+        "Unseen tasks": lambda i: domain.UNSEEN_TASKS,
+    }
+    lines = [
+        f"# {domain.NAME}: success by the number of RL tasks learned",
+        "",
+        "Success rate over the episodes of all seeds, and its 95 % Wilson interval. A column is the number of RL tasks",
+        "that a method has learned, one after the other. 0 is stage 0.",
+    ]
+    for title, tasks_after in splits_after.items():
+        lines += ["", f"## {title}", "", f"| method (seeds) | {' | '.join(map(str, counts))} |"]
+        lines.append("| --- " * (len(counts) + 1) + "|")
+        for method, seeds in methods.items():
+            cells = [f"{method} ({len(seeds)})"]
+            for i in counts:
+                tasks = tasks_after(i)
+                measured = i in shared[method] and tasks
+                cells.append(rate_cell([seed[i] for seed in seeds], tasks) if measured else "")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -442,6 +487,19 @@ def table(folders: Folders, out: str = ".") -> None:
     print(text, end="")
 
 
+def learned(folders: Folders, out: str = ".") -> None:
+    """Write learned.md: success on expert, RL and unseen tasks by the number of RL tasks learned, for each method.
+
+    Args:
+        folders: folders with a report.json, one for each method and seed.
+        out: folder of learned.md.
+    """
+    text = learned_text(folders)
+    with atomic_write(Path(out) / "learned.md") as tmp:
+        tmp.write_text(text)
+    print(text, end="")
+
+
 def curves(folders: Folders, out: str = ".") -> None:
     """Write curves.png: training success over environment steps, as the paper's Fig. 4.
 
@@ -469,5 +527,5 @@ def rounds(folders: Folders, out: str = ".") -> None:
 
 
 if __name__ == "__main__":
-    COMMAND = parse_command([table, curves, rounds], __doc__)
+    COMMAND = parse_command([table, learned, curves, rounds], __doc__)
     run_cli(lambda command: command(), COMMAND, resumes=False)
