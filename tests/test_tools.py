@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, one_sentence, refused
 
 import report
-from common.files import write_json
+from common.files import read_json, write_json
 from model import VLA
 from tools import check_domain, lookup
 
@@ -160,7 +160,7 @@ def test_a_published_checkpoint_acts_as_its_original(project, checkpoint, tmp_pa
     """Half of the size, nearly the same actions, a model card, and weights that later stages train in float32."""
     out = tmp_path / "published"
     project.must(
-        "python", "-m", "tools.publish", "--checkpoint", checkpoint, "--out", out, "--episodes", "0"
+        "python", "-m", "tools.publish", "--checkpoint", checkpoint, "--out", out, "--episodes", "2"
     )
     size, before = (
         sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
@@ -173,7 +173,10 @@ def test_a_published_checkpoint_acts_as_its_original(project, checkpoint, tmp_pa
     with torch.no_grad():
         actions = [v.act(*v.encode(images, ["push the red bead"] * 4)) for v in (vla, original)]
     torch.testing.assert_close(*actions, atol=0.05, rtol=0)
-    assert "bfloat16" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "bfloat16" in card and "Still a success 20 steps later: expert 0." in card
+    rows = read_json(out / "eval.json")["tasks"].values()
+    assert all(h <= s for row in rows for h, s in zip(row["held"], row["success"], strict=True))
     again = project.run(
         "python", "-m", "tools.publish", "--checkpoint", checkpoint, "--out", out, "--episodes", "0"
     )

@@ -2,8 +2,9 @@
 
     python -m tools.publish --checkpoint runs/metaworld-seed0/5-sft --out pretrained/metaworld
 
-Rounding halves the file and changes a policy a little, so the copy is evaluated itself. It is a
-checkpoint like any other: evaluate.py, loop.sh's START and stages take it.
+Rounding halves the file and changes a policy a little, so the copy is evaluated itself. An episode
+counts as a success at its first success, and the card also says how many still hold HOLD steps
+later. The copy is a checkpoint like any other: evaluate.py, loop.sh's START and stages take it.
 """
 
 from dataclasses import dataclass
@@ -27,16 +28,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from common.devices import pick_device
+from common.devices import pick_device, use_threads
 from common.digests import digests
 from common.errors import UserError, run_cli
-from common.files import make_folder, read_json, read_tensors, write_json
-from common.rates import summary
+from common.files import make_folder, read_tensors, write_json
+from common.rates import all_tasks, summary
 from common.runs import checkpoint_config
 from domains import load_domain
-from evaluate import evaluate_stage
+from evaluate import evaluate, result_file
+from model import VLA
 from report import model_card
 
+HOLD = 20  # steps after a success at which to check whether it still holds
 COPIED = ("config.json", "summary.json", "stage.json", "adapter_config.json", "vlm")
 
 
@@ -63,12 +66,18 @@ def main(args: Args) -> None:
     for path in out.rglob("*.safetensors"):
         round_weights(path)
     write_json(out / "config.json", {**config, "parent": None, "sha256": digests(out)})
-    domain = load_domain(config["domain"])
-    evaluate_stage(out, domain, args.episodes, pick_device())
     text = f"A copy of {checkpoint.parent.name}/{checkpoint.name}, rounded to bfloat16.\n"
-    if (out / "eval.json").exists():
-        text += f"\nSuccess rates: {summary(read_json(out / 'eval.json')['tasks'], domain)}.\n"
+    if args.episodes:
+        domain = load_domain(config["domain"])
+        vla = VLA.load(out, device=pick_device())
+        use_threads(1)  # the simulators take the cores
+        result = evaluate(vla, domain, all_tasks(domain), args.episodes, hold=HOLD)
+        write_json(out / "eval.json", {**result_file(vla, domain, result), "hold": HOLD})
+        held = {task: {"success": row["held"]} for task, row in result.items()}
+        text += f"\nSuccess rates of {args.episodes} episodes a task: {summary(result, domain)}.\n"
+        text += f"\nStill a success {HOLD} steps later: {summary(held, domain)}.\n"
     (out / "README.md").write_text(model_card(out, text))
+    print(text)
 
 
 if __name__ == "__main__":
