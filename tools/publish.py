@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -76,6 +77,10 @@ def main(args: Args) -> None:
         held = {task: {"success": row["held"]} for task, row in result.items()}
         text += f"\nSuccess rates of {args.episodes} episodes a task: {summary(result, domain)}.\n"
         text += f"\nStill a success {HOLD} steps later: {summary(held, domain)}.\n"
+        text += f"\n| task | success | still {HOLD} steps later |\n| --- | --- | --- |\n"
+        for task, row in result.items():
+            rates = (f"{np.mean(row[name]):.2f}" for name in ("success", "held"))
+            text += f"| {task} | {' | '.join(rates)} |\n"
     (out / "README.md").write_text(model_card(out, text))
     print(text)
 
