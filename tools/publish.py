@@ -3,7 +3,7 @@
     python -m tools.publish --checkpoint runs/metaworld-seed0/5-sft --out pretrained/metaworld
 
 Rounding halves the file and changes a policy a little, so the copy is evaluated itself. An episode
-counts as a success at its first success, and the card also says how many still hold HOLD steps
+counts as a success at its first success. The card also counts those that still hold HOLD steps
 later. The copy is a checkpoint like any other: evaluate.py, loop.sh's START and stages take it.
 """
 
@@ -71,7 +71,7 @@ def main(args: Args) -> None:
     if args.episodes:
         domain = load_domain(config["domain"])
         vla = VLA.load(out, device=pick_device())
-        use_threads(1)  # the simulators take the cores
+        use_threads(1)  # the environments take the cores
         result = evaluate(vla, domain, all_tasks(domain), args.episodes, hold=HOLD)
         write_json(out / "eval.json", {**result_file(vla, domain, result), "hold": HOLD})
         held = {task: {"success": row["held"]} for task, row in result.items()}
