@@ -244,7 +244,7 @@ CARD = """---
 ---
 
 A vision-language-action policy for {domain}: an image and an instruction to an action. Trained by iRe-VLA (arXiv
-2501.16664), stage {name}.
+2501.16664).
 
 ```python
 import torch

@@ -1,7 +1,7 @@
 """Draw several tasks before and after training side by side, as a GIF.
 
     python -m tools.gif --before pretrained/metaworld-0-sft --after pretrained/metaworld \\
-        --tasks drawer-open-new door-open-new window-close-new --out before_after.gif
+        --tasks drawer-open-new button-press-new window-open-new --episode 1 --out before_after.gif
 
 A column is a task, a row a checkpoint: the same initial state, the greedy policy.
 """
