@@ -104,7 +104,11 @@ def test_cache_gives_the_same_latents_and_is_made_once(backbone, tmp_path, bead,
     cache(episodes(), vla)
     assert 5 <= counted() <= 8 + 5 and files[2].read_bytes() == whole
     write_episode(
-        path, 255 - episode["image"], episode["action"], episode["reward"], episode_info("green")
+        path,
+        255 - episode["image"],
+        episode["action"],
+        episode["reward"],
+        episode_info(path.parent.name),
     )
     before = load_file(files[4])["q"]
     cache(episodes(), vla)
