@@ -123,10 +123,16 @@ def evaluate(
 # Evaluation of a stage
 
 
-def result_file(vla: VLA, domain: ModuleType, tasks: dict[str, dict]) -> dict:
+def held_successes(tasks: dict[str, dict]) -> dict[str, dict]:
+    """Return an evaluation in which only successes that held are successes (`evaluate` with `hold`)."""
+    return {task: {"success": row["held"]} for task, row in tasks.items()}
+
+
+def result_file(vla: VLA, domain: ModuleType, tasks: dict[str, dict], hold: int = 0) -> dict:
     """Return the content of eval.json: what was evaluated, and how."""
     protocol = {**COMMON_PROTOCOL, **domain.PROTOCOL, "image_size": vla.config["image_size"]}
-    return {"protocol": protocol, "eval_seed": EVAL_SEED, "versions": versions(), "tasks": tasks}
+    how = {"protocol": protocol, "eval_seed": EVAL_SEED, "versions": versions()}
+    return {**how, "tasks": tasks, **({"hold": hold} if hold else {})}
 
 
 def evaluate_stage(
@@ -248,12 +254,10 @@ def main(args: Args) -> None:
         print(f"  {task:28s} {k / n:.2f}  [{low:.2f}, {high:.2f}]  {k}/{n}{held}")
     print(summary(result, domain))
     if args.hold:
-        held = {task: {"success": row["held"]} for task, row in result.items()}
-        print(f"still a success {args.hold} steps later: {summary(held, domain)}")
+        held = summary(held_successes(result), domain)
+        print(f"still a success {args.hold} steps later: {held}")
     if out:
-        write_json(
-            out, result_file(vla, domain, result) | ({"hold": args.hold} if args.hold else {})
-        )
+        write_json(out, result_file(vla, domain, result, args.hold))
 
 
 if __name__ == "__main__":

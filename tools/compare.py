@@ -86,6 +86,12 @@ def read_runs(folders: Iterable[str]) -> list[Run]:
     return runs
 
 
+def whole_stages(run: Run, domain: ModuleType) -> list[dict]:
+    """Return the stages that were evaluated on all of the domain's tasks."""
+    tasks = set(all_tasks(domain))
+    return [stage for stage in run.stages if tasks <= stage["tasks"].keys()]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Methods side by side: the paper's Table I and Fig. 5
 
@@ -108,8 +114,7 @@ def side_by_side(folders: Iterable[str]) -> Comparison:
     """
     runs = read_runs(folders)
     domain = load_domain(runs[0].domain)
-    tasks = set(all_tasks(domain))
-    names = [[s["name"] for s in run.stages if tasks <= s["tasks"].keys()] for run in runs]
+    names = [[stage["name"] for stage in whole_stages(run, domain)] for run in runs]
     common = [name for name in names[0] if all(name in other for other in names)]
     if len(common) < 2 or common[0] != "0-sft":
         raise UserError(
@@ -207,20 +212,15 @@ def table_text(folders: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rounds_learned(run: Run) -> dict[int, dict]:
-    """Return {number of RL tasks learned: the last stage of that round}, of stages that were evaluated on all tasks."""
-    tasks = set(all_tasks(load_domain(run.domain)))
-    whole = [stage for stage in run.stages if tasks <= stage["tasks"].keys()]
-    return {int(stage["name"].split("-")[0]): stage for stage in whole}
-
-
 def learned_text(folders: Iterable[str]) -> str:
     """Return the text of learned.md: what each method forgets, and what it transfers, as it learns task after task."""
     runs = read_runs(folders)
     domain = load_domain(runs[0].domain)
     methods: dict[str, list[dict[int, dict]]] = {}
     for run in runs:
-        methods.setdefault(run.method, []).append(rounds_learned(run))
+        # A round's last stage stands for it: stage 2, or stage 1 of rl-lora.
+        rounds = {int(stage["name"].split("-")[0]): stage for stage in whole_stages(run, domain)}
+        methods.setdefault(run.method, []).append(rounds)
     shared = {m: set.intersection(*map(set, seeds)) for m, seeds in methods.items()}
     counts = sorted(set().union(*shared.values()))
     if len(counts) < 2:

@@ -36,7 +36,7 @@ from common.files import make_folder, read_tensors, write_json
 from common.rates import all_tasks, summary
 from common.runs import checkpoint_config
 from domains import load_domain
-from evaluate import evaluate, result_file
+from evaluate import evaluate, held_successes, result_file
 from model import VLA
 from report import model_card
 
@@ -73,8 +73,8 @@ def main(args: Args) -> None:
         vla = VLA.load(out, device=pick_device())
         use_threads(1)  # the environments take the cores
         result = evaluate(vla, domain, all_tasks(domain), args.episodes, hold=HOLD)
-        write_json(out / "eval.json", {**result_file(vla, domain, result), "hold": HOLD})
-        held = {task: {"success": row["held"]} for task, row in result.items()}
+        write_json(out / "eval.json", result_file(vla, domain, result, HOLD))
+        held = held_successes(result)
         text += f"\nSuccess rates of {args.episodes} episodes a task: {summary(result, domain)}.\n"
         text += f"\nStill a success {HOLD} steps later: {summary(held, domain)}.\n"
         text += f"\n| task | success | still {HOLD} steps later |\n| --- | --- | --- |\n"
