@@ -12,7 +12,8 @@
 #   RUN=name       name of the run's folder, runs/<name> (default: domain, method, seed)
 #   SEED=0         seed of weights, batches and exploration
 #   METHOD=        ire-vla (default), ire-vla-freeze (stage 2 trains the head alone), ppo-replay (stage 1 trains the
-#                  whole VLA), rl-lora (the same without stage 2: RL alone, task after task), or sft-only (no stage 1)
+#                  whole VLA), rl-lora (stage 1 trains LoRA and head, task after task, without stage 2), or
+#                  sft-only (no stage 1)
 #   START=         folder of a finished 0-sft, such as another method's, to use instead of training stage 0
 #   SFT_LAUNCH=    launcher of stages 0 and 2, on this machine or one that shares the run's folder:
 #                  "torchrun --nproc-per-node 4", "srun --gpus 4 torchrun ...", "ssh host cd $PWD && torchrun ..."
