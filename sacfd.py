@@ -92,7 +92,7 @@ def exploring_policy(vla: VLA) -> Policy:
 class TwinQ(nn.Module):
     """Two critics Q(h, a) on one token learner: (B, M, D), (B, M), (B, A) -> (2, B).
 
-    They have the head's shape; the action is concatenated to the pooled latents.
+    They have the head's shape; the action is concatenated to the pooled latents h' (B, D).
     """
 
     def __init__(self, dim: int, action_dim: int, hidden: int = 256):
@@ -113,7 +113,11 @@ class TwinQ(nn.Module):
         )
 
     def forward(self, h: torch.Tensor, mask: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([self.token_learner(h, mask), action], dim=1)  # (B, D + A)
+        return self.values(self.token_learner(h, mask), action)
+
+    def values(self, h_pooled: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Return Q of pooled latents: (B, D), (B, A) -> (2, B)."""
+        x = torch.cat([h_pooled, action], dim=1)  # (B, D + A)
         return torch.cat([mlp(x) for mlp in self.mlps], dim=1).T  # (2, B)
 
 
@@ -136,15 +140,20 @@ class SACCritics(nn.Module):
 
 def critic_loss(
     vla: VLA, critics: SACCritics, mask: torch.Tensor, batch: Batch, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (weighted squared error of both critics, its absolute value (B,)). noise (B, A) is standard normal."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (weighted squared error of both critics, absolute error (B,), the critics' pooled latents (B, D)).
+
+    noise (B, A) is standard normal.
+    """
     alpha = critics.log_alpha.exp().detach()
     with torch.no_grad():
         a, logp = tanh_gaussian(vla.mean(batch.h_next, mask), vla.log_std, noise)  # (B, A), (B,)
         q_next = critics.target(batch.h_next, mask, a.clamp(-1, 1)).amin(0)  # (B,)
         target = batch.ret + batch.discount * (q_next - alpha * logp)  # (B,)
-    error = critics.q(batch.h, mask, batch.action) - target  # (2, B)
-    return (batch.weight * error.square()).mean(1).sum(), error.detach().abs().mean(0)
+    h_pooled = critics.q.token_learner(batch.h, mask)  # (B, D)
+    error = critics.q.values(h_pooled, batch.action) - target  # (2, B)
+    loss = (batch.weight * error.square()).mean(1).sum()
+    return loss, error.detach().abs().mean(0), h_pooled.detach()
 
 
 def actor_loss(
@@ -152,19 +161,21 @@ def actor_loss(
     critics: SACCritics,
     mask: torch.Tensor,
     batch: Batch,
+    h_pooled: torch.Tensor,
     noise: torch.Tensor,
     num_demos: int,
     how,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (the actor's loss, the temperature's, mean log-probability): Eq. 3 by SAC.
 
-    The first `num_demos` rows of the batch are demonstrations. noise (B, A) is standard normal.
+    The first `num_demos` rows of the batch are demonstrations. h_pooled (B, D) is critic_loss's.
+    noise (B, A) is standard normal.
     """
     alpha = critics.log_alpha.exp().detach()
     mean = vla.mean(batch.h, mask)  # (B, A)
     a, logp = tanh_gaussian(mean, vla.log_std, noise)  # (B, A), (B,)
     critics.q.requires_grad_(False)
-    q = critics.q(batch.h, mask, a.clamp(-1, 1)).amin(0)  # (B,)
+    q = critics.q.values(h_pooled, a.clamp(-1, 1)).amin(0)  # (B,)
     critics.q.requires_grad_(True)
     bc_error = ((mean - batch.action) / vla.action_std)[:num_demos]
     # Where the clip lets Q's gradient pass, nothing else would hold the mean.
@@ -199,12 +210,12 @@ def sacfd_step(
     batch = Batch(*(torch.cat(pair) for pair in zip(*parts)))
     noise = torch.randn(2, *batch.action.shape, generator=generator).to(mask.device)
     mask = mask.expand(2 * half, -1)
-    loss, error = critic_loss(vla, critics, mask, batch, noise[0])
+    loss, error, h_pooled = critic_loss(vla, critics, mask, batch, noise[0])
     numbers = {"critic_loss": loss.item()}
     if trains_actor:
         num_demos = half if demos else 0
         policy_loss, temperature_loss, logp = actor_loss(
-            vla, critics, mask, batch, noise[1], num_demos, how
+            vla, critics, mask, batch, h_pooled, noise[1], num_demos, how
         )
         loss = loss + policy_loss + temperature_loss
         numbers |= {"actor_loss": policy_loss.item(), "log_prob": logp.item()}

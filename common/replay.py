@@ -78,17 +78,15 @@ class Replay:
         n_envs = self.reward.shape[1]
         t = i // n_envs
         n = i % n_envs
-        ret = torch.zeros_like(weight)
-        discount = torch.ones_like(weight)
-        running = torch.ones_like(weight)
-        last = t
-        for step in range(how.n_step):
-            ret = ret + running * discount * self.reward[last, n]
-            discount = discount * torch.where(running > 0, gamma * (1 - self.term[last, n]), 1.0)
-            done = torch.maximum(self.term[last, n], self.trunc[last, n])
-            running = running * (1 - done) * (last + 1 < self.t)
-            if step + 1 < how.n_step:
-                last = last + (running > 0).long()
+        steps = torch.arange(how.n_step, device=t.device)
+        rows = (t[:, None] + steps).clamp(max=self.t - 1)  # (k, n_step)
+        cells = (rows, n[:, None])
+        ends = torch.maximum(self.term[cells], self.trunc[cells]).bool() | (rows == self.t - 1)
+        counted = ends.cumsum(1) - ends.long() == 0  # up to the first end, which counts too
+        ret = (counted * gamma**steps * self.reward[cells]).sum(1)
+        length = counted.sum(1)
+        last = t + length - 1
+        discount = gamma**length * (1 - self.term[last, n])
         h = self.h[t, n].float()
         h_next = self.h[last + 1, n].float()
         return i, Batch(h, self.action[t, n], ret, discount, h_next, weight / weight.max())

@@ -224,15 +224,16 @@ def test_a_mean_beyond_the_range_is_pulled_back(tmp_path):
     vla = make_vla(tmp_path)
     critics = SACCritics(128, 2, 0.01)
     mask = torch.ones(8, 2, dtype=torch.bool)
-    critics.q.forward = lambda h, mask, action: action.sum(-1).expand(
-        2, -1
-    )  # Q grows with the action
+    # Q grows with the action.
+    critics.q.values = lambda h_pooled, action: action.sum(-1).expand(2, -1)
     batch = random_batch(torch.zeros(8, 2))
+    h_pooled = torch.zeros(8, 128)
     how = SACfDArgs(bc_weight=0.0)
     optimizer = torch.optim.Adam(vla.phi(), 3e-3)
     for _ in range(300):
         optimizer.zero_grad()
-        actor_loss(vla, critics, mask, batch, torch.zeros(8, 2), 0, how)[0].backward()
+        loss, _, _ = actor_loss(vla, critics, mask, batch, h_pooled, torch.zeros(8, 2), 0, how)
+        loss.backward()
         optimizer.step()
     mean = vla.mean(batch.h, mask)
     assert (mean > 0.8).all() and (mean < 2).all()
@@ -255,14 +256,14 @@ def test_each_loss_trains_its_own_weights(tmp_path):
     noise = torch.randn(8, 2)
     batch = random_batch(torch.rand(8, 2))
     how = SACfDArgs(bc_weight=1.0)
-    loss, error = critic_loss(vla, critics, mask, batch, noise)
+    loss, error, h_pooled = critic_loss(vla, critics, mask, batch, noise)
     loss.backward()
     assert all(
         p.grad is None for p in [*vla.parameters(), *critics.target.parameters()]
     ) and error.shape == (8,)
     assert all(p.grad is not None for p in critics.q.parameters())
     critics.zero_grad()
-    first, _, _ = actor_loss(vla, critics, mask, batch, noise, 4, how)
+    first, _, _ = actor_loss(vla, critics, mask, batch, h_pooled, noise, 4, how)
     first.backward()
     assert all(p.grad is None for p in critics.q.parameters()) and all(
         p.grad is not None for p in vla.phi()
@@ -270,7 +271,8 @@ def test_each_loss_trains_its_own_weights(tmp_path):
     other = torch.cat(
         [batch.action[:4], torch.rand(4, 2)]
     )  # other actions, but not in demonstrations
-    second, _, _ = actor_loss(vla, critics, mask, replace(batch, action=other), noise, 4, how)
+    changed = replace(batch, action=other)
+    second, _, _ = actor_loss(vla, critics, mask, changed, h_pooled, noise, 4, how)
     assert second.item() == pytest.approx(first.item(), abs=1e-6)
     old, new = (next(c.parameters()).detach().clone() for c in (critics.target, critics.q))
     critics.q.token_learner.load_state_dict(
