@@ -11,8 +11,8 @@ the new ones into the VLM.
 Where the paper is silent or this differs from it:
 1) Mixture: every task is drawn equally often, however many frames it has; an RL task `--rl-weight`
    times as often as an expert task (the paper writes the plain union).
-2) AdamW from new moments, short warm-up, cosine to zero, moving average, augmentation, the error's
-   unit: as in stage 0.
+2) The optimizers from new moments, short warm-up, cosine to zero, moving average, augmentation, the
+   error's unit: as in stage 0.
 3) `--freeze-vlm` trains phi alone: the paper's ablation iRe-VLA-freeze.
 4) The `tiny` VLM is trained whole here too. results/experiments.md compares that with LoRA
    (`--theta lora`).
@@ -44,7 +44,7 @@ class Args:
     steps: int | None = None  # optimizer steps (default: the domain's STAGE2_STEPS)
     batch: int | None = None  # frames per step (default: the domain's SFT_BATCH)
     lr: float = 2e-4  # peak learning rate
-    weight_decay: float = 0.01  # weight decay of AdamW
+    weight_decay: float = 0.01  # decoupled weight decay
     augment: bool = True  # stretch, recolour and partly hide the images at random
     cache: bool = False  # keep the frozen vision side's outputs on disk; no augmentation
     accumulate: int = 1  # parts in which a batch passes the VLM: same gradient, less memory

@@ -300,23 +300,27 @@ class Stage:
             path.unlink()
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return Adam's moments as {"opt.<parameter>.<moment>": tensor}, ready for safetensors."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, name: str = "opt"
+) -> dict[str, torch.Tensor]:
+    """Return an optimizer's moments as {"<name>.<parameter>.<moment>": tensor}, ready for safetensors."""
     state = optimizer.state_dict()["state"]
     return {
-        f"opt.{i}.{key}": value.clone()
+        f"{name}.{i}.{key}": value.clone()
         for i, moments in state.items()
         for key, value in moments.items()
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], name: str = "opt"
+) -> None:
     """Restore what `optimizer_tensors` returned."""
     state = {}
-    for name, value in tensors.items():
-        if name.startswith("opt."):
-            _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = value
+    for key, value in tensors.items():
+        if key.startswith(f"{name}."):
+            _, i, moment = key.split(".")
+            state.setdefault(int(i), {})[moment] = value
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import command, files, kill, one_sentence, warm_python, write_d_e
+from conftest import command, files, kill, make_vla, one_sentence, warm_python, write_d_e
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.augment import augment, draw_augmentation
 from common.episode_file import episode_ids, open_episode
@@ -17,6 +17,7 @@ from common.vector_env import run_episodes
 from domains import metaworld
 from evaluate import greedy
 from model import VLA
+from stage0_sft import sft_optimizers
 
 ONE = """
 from domains.metaworld import *
@@ -225,3 +226,47 @@ def test_stage_2_records_missing_expert_data(project, checkpoint):
     )  # fmt: skip
     recorded = {folder.name: len(episode_ids(folder)) for folder in (data / "bead").iterdir()}
     assert recorded and set(recorded.values()) == {2}
+
+
+def test_muon_trains_the_matrices_of_a_whole_vlm(tmp_path):
+    """Its updates are orthogonal. Embeddings, vectors and the head's last layer stay with AdamW, and so does LoRA."""
+    vla = make_vla(tmp_path)
+    trained = vla.theta() + vla.phi()
+    optimizers = sft_optimizers(vla, trained, 0.0)
+    muon, adamw = (optimizers[name].param_groups[0]["params"] for name in ("muon", "adamw"))
+    assert len(muon) + len(adamw) == len(trained) and {p.ndim for p in muon} == {2}
+    embedding = vla.blip.get_input_embeddings().weight
+    for p in (embedding, vla.head.mlp[-1].weight):
+        assert any(p is q for q in adamw)
+    before = [p.detach().clone() for p in muon]
+    for p in muon:
+        p.grad = torch.randn_like(p)
+    optimizers["muon"].param_groups[0]["lr"] = 1.0
+    optimizers["muon"].step()
+    for old, p in zip(before, muon):
+        moved = torch.linalg.svdvals((p - old).detach()) / (0.2 * max(p.shape) ** 0.5)
+        assert moved.quantile(0.1) > 0.5 and moved.max() < 1.4  # but the smallest few
+    vla.add_lora(4)
+    assert set(sft_optimizers(vla, vla.theta() + vla.phi(), 0.0)) == {"adamw"}
+
+
+def test_a_state_of_another_optimizer_is_refused(project, bead):
+    """A stage that an older version began, with AdamW alone, is refused and stays as it is."""
+    data = project.folder / "runs/D_e-older"
+    out = project.folder / "runs/older/0-sft"
+    write_d_e(data / "bead", bead)
+    flags = {"demos": 1, "image_size": 32, "steps": 2000, "batch": 8, "episodes": 0, "threads": 1}
+    stage0 = command("stage0_sft.py", domain="bead", data=data, out=out, **flags)
+    process = project.start(*stage0, python=warm_python(), SAVE_INTERVAL="0")
+    while saved_step(out) < 1 and process.poll() is None:
+        time.sleep(0.02)
+    kill(process, signal.SIGKILL).communicate()
+    state = out.with_name(".0-sft.partial") / "state.safetensors"
+    with safe_open(state, framework="pt") as f:
+        metadata = f.metadata()
+    tensors = {n: t for n, t in load_file(state).items() if not n.startswith("muon.")}
+    save_file(tensors, state, metadata)
+    older = state.read_bytes()
+    sentence = one_sentence(project.run(*stage0))
+    assert "another version's optimizer" in sentence and ".0-sft.partial" in sentence
+    assert state.read_bytes() == older

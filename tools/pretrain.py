@@ -55,12 +55,12 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from common.errors import run_cli
 from common.files import atomic_write, make_folder, read_tensors, write_json
+from common.muon import Muon
 from common.runs import load_optimizer, optimizer_tensors
 from model import Head
 from tools.pretraining.card import write_card
 from tools.pretraining.data import SHARD, Scenes, draw_missing
 from tools.pretraining.dense import DenseHead, dense_loss, dense_scores, make_targets
-from tools.pretraining.muon import Muon
 from tools.pretraining.questions import Asker, Question, build_tokenizer
 from tools.pretraining.vlm import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, build_vlm
 
@@ -233,8 +233,7 @@ class Part:
             tensors, metadata = read_tensors(self.path)
             self.step = int(metadata["step"])
             for i, optimizer in enumerate(self.optimizers):
-                mine = {n: t for n, t in tensors.items() if n.startswith(f"{i}/")}
-                load_optimizer(optimizer, {n.split("/", 1)[1]: t for n, t in mine.items()})
+                load_optimizer(optimizer, tensors, f"opt{i}")
             for n, p in self.weights.items():
                 p.data.copy_(tensors[f"now.{n}"])
                 self.average[n].copy_(tensors[f"average.{n}"])
@@ -246,8 +245,7 @@ class Part:
     def save(self) -> None:
         tensors = {}
         for i, optimizer in enumerate(self.optimizers):
-            state = optimizer_tensors(optimizer)
-            tensors |= {f"{i}/{n}": t for n, t in state.items()}
+            tensors |= optimizer_tensors(optimizer, f"opt{i}")
         for n, p in self.weights.items():
             tensors[f"now.{n}"] = p.detach().clone()
             tensors[f"average.{n}"] = self.average[n]

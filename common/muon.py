@@ -1,0 +1,53 @@
+"""Muon in float32 (kellerjordan.github.io/posts/muon): momentum whose matrices are made orthogonal before each step.
+
+torch.optim.Muon computes in bfloat16. On a CPU without units for it, that takes longer than the
+forward and the backward pass.
+"""
+
+from collections import defaultdict
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Newton-Schulz iteration, as in torch.optim.Muon
+ITERATIONS = 5
+RMS = 0.2  # rms of an update in units of the learning rate, about as with AdamW
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Return wide matrices (n, a, b), a <= b, with all of their singular values near 1."""
+    a, b, c = COEFFICIENTS
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov's momentum and decoupled weight decay, for matrices alone."""
+
+    def __init__(self, params, lr: float = 0.0, momentum: float = 0.95, weight_decay: float = 0.02):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update every matrix that has a gradient. Matrices of one shape are made orthogonal together."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            updates = defaultdict(list)  # of a shape: (matrix, its update), the longer side last
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])
+                tall = p.shape[0] > p.shape[1]
+                update = update.T if tall else update
+                updates[update.shape].append((p, tall, update))
+            for shape, rows in updates.items():
+                new = orthogonal(torch.stack([update for _, _, update in rows]))
+                for (p, tall, _), x in zip(rows, new):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(x.T if tall else x, alpha=-lr * RMS * shape[1] ** 0.5)
