@@ -10,6 +10,7 @@ import pytest
 from conftest import episode_info, files, refused
 from safetensors.numpy import save_file
 
+from benchmarks._episodes import write_noise_episode
 from common import demonstrations, episode_file
 from common.demonstrations import Recording, record_attempt
 from common.episode_file import (
@@ -21,6 +22,7 @@ from common.episode_file import (
     write_episode,
 )
 from data import EpisodeDataset
+from domains import metaworld
 
 
 def write(path, T=5, size=8, seed=0, **changes):
@@ -281,3 +283,9 @@ def test_tasks_are_drawn_equally_often(bead, tmp_path):
     _, instructions, _ = EpisodeDataset(weights, bead, 8).batch(np.random.default_rng(0), 40_000)
     share = {task: instructions.count(task) / 40_000 for task in ("short", "long", "heavy")}
     assert share == pytest.approx({"short": 0.25, "long": 0.25, "heavy": 0.5}, abs=0.015)
+
+
+def test_the_benchmarks_episodes_are_ones_that_sft_reads(tmp_path):
+    """What benchmarks/ trains and loads passes the data set's checks."""
+    write_noise_episode(tmp_path / "drawer-open/000000.safetensors", "drawer-open", length=7)
+    assert len(EpisodeDataset({tmp_path / "drawer-open": 1.0}, metaworld, 64)) == 7
