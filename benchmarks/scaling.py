@@ -1,21 +1,25 @@
 """Measure how the cost grows. Writes results/benchmarks/scaling.png and scaling.json.
 
     python -m benchmarks.scaling
-    python -m benchmarks.scaling --rounds 2 --max-episodes 1000 --envs 1 2 --images 64 96          a quick try
+    python -m benchmarks.scaling --rounds 1 --max-episodes 1000 --envs 1 2 --images 64 96          a quick try
 
     episodes       seconds to open a data set, and to draw a batch of 256 frames from it; 100 to 10,000 episodes
     tasks          the same with 10 episodes of each of 5 to 40 tasks
     environments   rendered environment steps a second of 1 to 16 environments, a process each, without a policy
+    processes      samples a second of stage 0 in 1 and 2 processes that torchrun starts, a CPU thread each
     image          images a second through `VLA.encode` at 64 to 224 px (the tiny VLM: 16 to 196 patches)
 
 The dashed line extrapolates the first point: in proportion to episodes, tasks, environments or
-pixels, and level for a batch, whose size is fixed. Environments cannot follow it beyond the number
-of cores. All episodes of a task are links to one file, so this is the cost of the code and not of
+pixels, and level for a batch, whose size is fixed. Environments and processes cannot follow it
+beyond the number of cores. All episodes of a task are links to one file, so this is the cost of the code and not of
 the disk, which benchmarks/loading.py measures. The numbers are medians over rounds in which every
 size has its turn.
 """
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +41,7 @@ from model import VLA, VLAConfig
 
 IMAGE_SIZE = 64
 STEPS = 16  # environment steps in a turn
+BATCH = 256  # frames per optimizer step
 INSTRUCTION = "open the drawer"
 
 
@@ -96,6 +101,29 @@ def measure_environments(numbers: list[int], rounds: int) -> dict[int, float]:
     return {n: STEPS * n / s for n, s in seconds.items()}
 
 
+def sft_speed(processes: int, data: Path, out: Path) -> float:
+    """Return the samples/s of 100 steps of stage 0 on Meta-World, its batch divided among the processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    stage = ["stage0_sft.py", "--domain", "metaworld", "--data", data, "--out", out, "--demos", "1"]
+    short = ["--steps", "150", "--batch", str(BATCH), "--threads", "1", "--episodes", "0"]
+    subprocess.run([sys.executable, *launcher, *stage, *short], cwd=ROOT, check=True)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return (
+        BATCH * (lines[2]["step"] - lines[0]["step"]) / (lines[2]["seconds"] - lines[0]["seconds"])
+    )
+
+
+def measure_processes(numbers: list[int], rounds: int, folder: Path) -> dict[int, float]:
+    """Return {number of processes: samples/s}, medians over turns."""
+    for task in load_domain("metaworld").EXPERT_TASKS:
+        write_linked_episodes(folder / "D_e/metaworld", task, 1)
+    speed = {n: [] for n in numbers}
+    for k in range(rounds):
+        for n in numbers:
+            speed[n].append(sft_speed(n, folder / "D_e", folder / f"{n}-{k}"))
+    return {n: float(np.median(values)) for n, values in speed.items()}
+
+
 def make_encoder(size: int, batch: int, folder: str) -> Callable:
     """Return a function that encodes `batch` images of `size` pixels with a tiny VLM."""
     config = VLAConfig(
@@ -133,6 +161,9 @@ def measure(args: argparse.Namespace, folder: str) -> list[Panel]:
 
     speed = measure_environments(args.envs, args.rounds)
     panels.append(Panel("rendered environment steps", "environments", "1/s", speed, 1))
+
+    speed = measure_processes(args.processes, args.rounds, Path(folder) / "processes")
+    panels.append(Panel("SFT", "processes", "samples/s", speed, 1))
 
     encoders = {size: make_encoder(size, args.batch, folder) for size in args.images}
     seconds = take_turns(encoders, args.rounds)
@@ -179,6 +210,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--envs", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="numbers of environments"
+    )
+    parser.add_argument(
+        "--processes", nargs="+", type=int, default=[1, 2], help="numbers of SFT processes"
     )
     parser.add_argument(
         "--images", nargs="+", type=int, default=[64, 96, 128, 160, 192, 224], help="image sizes"
