@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
         """Update every matrix that has a gradient. Matrices of one shape are made orthogonal together."""
         for group in self.param_groups:
             lr = group["lr"]
-            updates = defaultdict(list)  # of a shape: (matrix, its update), the longer side last
+            updates = defaultdict(list)  # {shape: [(matrix, update, the longer side last)]}
             for p in group["params"]:
                 if p.grad is None:
                     continue
