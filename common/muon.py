@@ -34,7 +34,8 @@ class Muon(torch.optim.Optimizer):
         """Update every matrix that has a gradient. Matrices of one shape are made orthogonal together."""
         for group in self.param_groups:
             lr = group["lr"]
-            updates = defaultdict(list)  # {shape: [(matrix, update, the longer side last)]}
+            # {shape, the longer side last: [(matrix, whether it is tall, its update)]}
+            updates = defaultdict(list)
             for p in group["params"]:
                 if p.grad is None:
                     continue
