@@ -36,7 +36,7 @@ RANDOM_BURST_PROB = 0.03
 NUM_VIEWS = 2
 DEMOS_PER_TASK = 100  # the paper uses 50
 STAGE0_STEPS = 2000
-STAGE2_STEPS = 700
+STAGE2_STEPS = 1400
 SFT_BATCH = 256  # frames per step
 CAMERA = {"lookat": [0.0, 0.68, 0.13], "distance": 0.75, "azimuth": 135, "elevation": -35}
 # The second camera looks at the gripper from the other side: two sides show depth.
