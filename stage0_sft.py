@@ -189,7 +189,7 @@ class BatchWorkers:
 
 
 def sft_optimizers(
-    vla: VLA, trained: list[torch.nn.Parameter], weight_decay: float
+    vla: VLA, trained: list[torch.nn.Parameter], weight_decay: float, parallel: Callable = map
 ) -> dict[str, torch.optim.Optimizer]:
     """Return {"adamw", "muon"}, the optimizers of the weights `trained`.
 
@@ -209,7 +209,7 @@ def sft_optimizers(
     rest = [p for p in trained if p not in matrices]
     optimizers = {"adamw": torch.optim.AdamW(rest, weight_decay=weight_decay, fused=True)}
     if hidden:
-        optimizers["muon"] = Muon(hidden, weight_decay=weight_decay)
+        optimizers["muon"] = Muon(hidden, weight_decay=weight_decay, parallel=parallel)
     return optimizers
 
 
@@ -234,7 +234,8 @@ def train_sft(
         vla.enable_gradient_checkpointing()
     if args.cache:
         use_token_cache(data, vla)
-    optimizers = sft_optimizers(vla, trained, args.weight_decay)
+    workers = BatchWorkers(args.threads, args.batch // world, vla)
+    optimizers = sft_optimizers(vla, trained, args.weight_decay, workers.pool.map)
     average = [p.detach().clone() for p in trained]
 
     # --- resume
@@ -264,7 +265,6 @@ def train_sft(
 
     # --- train
     broadcast(trained)
-    workers = BatchWorkers(args.threads, args.batch // world, vla)
 
     def worker_gradient(k: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         # A step's batch depends on (seed, step) alone. Each worker of each process takes its share of it.

@@ -5,6 +5,7 @@ forward and the backward pass.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -13,6 +14,7 @@ ITERATIONS = 5
 RMS = 0.2  # rms of an update in units of the learning rate, about as with AdamW
 
 
+@torch.no_grad()  # per thread
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """Return wide matrices (n, a, b), a <= b, with all of their singular values near 1."""
     a, b, c = COEFFICIENTS
@@ -24,10 +26,21 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov's momentum and decoupled weight decay, for matrices alone."""
+    """Muon with Nesterov's momentum and decoupled weight decay, for matrices alone.
 
-    def __init__(self, params, lr: float = 0.0, momentum: float = 0.95, weight_decay: float = 0.02):
+    parallel: a map, such as a thread pool's, over groups of matrices of one shape.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 0.0,
+        momentum: float = 0.95,
+        weight_decay: float = 0.02,
+        parallel: Callable = map,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.parallel = parallel
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -47,8 +60,10 @@ class Muon(torch.optim.Optimizer):
                 tall = p.shape[0] > p.shape[1]
                 update = update.T if tall else update
                 updates[update.shape].append((p, tall, update))
-            for shape, rows in updates.items():
-                new = orthogonal(torch.stack([update for _, _, update in rows]))
+            stacks = [torch.stack([update for _, _, update in rows]) for rows in updates.values()]
+            for shape, rows, new in zip(
+                updates, updates.values(), self.parallel(orthogonal, stacks)
+            ):
                 for (p, tall, _), x in zip(rows, new):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(x.T if tall else x, alpha=-lr * RMS * shape[1] ** 0.5)
