@@ -84,7 +84,7 @@ from common.devices import pick_device, use_threads
 from common.distributed import barrier, broadcast, mean_over_ranks, rank_and_world_size
 from common.errors import UserError, run_cli
 from common.files import folder_lock
-from common.muon import Muon
+from common.muon import Muon, is_hidden_matrix
 from common.runs import Stage, load_optimizer, optimizer_tensors
 from common.token_cache import use_token_cache
 from data import EpisodeDataset
@@ -197,16 +197,10 @@ def sft_optimizers(
     the VLM has LoRA, AdamW trains everything.
     """
     names = {p: name for name, p in vla.named_parameters()}
-    hidden = [
-        p
-        for p in trained
-        if not vla.has_lora
-        and p.ndim == 2
-        and "embed" not in names[p]
-        and p is not vla.head.mlp[-1].weight
-    ]
-    matrices = set(hidden)
-    rest = [p for p in trained if p not in matrices]
+    last = (f"head.mlp.{len(vla.head.mlp) - 1}.",)
+    is_hidden = [not vla.has_lora and is_hidden_matrix(names[p], p, last) for p in trained]
+    hidden = [p for p, yes in zip(trained, is_hidden) if yes]
+    rest = [p for p, yes in zip(trained, is_hidden) if not yes]
     optimizers = {"adamw": torch.optim.AdamW(rest, weight_decay=weight_decay, fused=True)}
     if hidden:
         optimizers["muon"] = Muon(hidden, weight_decay=weight_decay, parallel=parallel)
@@ -251,7 +245,7 @@ def train_sft(
         for i, p in enumerate(trained):
             p.data.copy_(tensors[f"theta_phi.{i}"])
             average[i].copy_(tensors[f"average.{i}"])
-        if not all(any(key.startswith(f"{name}.") for key in tensors) for name in optimizers):
+        if not optimizers.keys() <= {key.split(".")[0] for key in tensors}:
             raise UserError(
                 f"{stage.folder}/state.safetensors has another version's optimizer: delete that folder to start again"
             )

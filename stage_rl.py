@@ -72,7 +72,7 @@ class Args:
     lr: float = 1e-4  # learning rate of the head
     critic_lr: float = 1e-3  # learning rate of the critic
     train_vlm: bool = False  # PPO through theta too: the paper's PPO-Replay and Fig. 4
-    new_lora: bool = False  # with --train-vlm: theta is new LoRA weights, if the parent has none
+    theta: Literal["whole", "lora"] = "whole"  # what --train-vlm trains if there is no LoRA yet
     target_kl: float = 0.03  # KL divergence at which the actor's update stops
     std: float = 0.25  # initial std of the exploration, in units of the action range
     warmup: int = 3  # iterations that train the critic alone
@@ -357,8 +357,8 @@ def main(args: Args) -> None:
     check_task(args.task, domain)
     if args.std <= 0:
         raise UserError(f"--std must be > 0, because RL explores (got {args.std})")
-    if args.new_lora and not args.train_vlm:
-        raise UserError("--new-lora needs --train-vlm, which trains LoRA's weights")
+    if args.theta == "lora" and not args.train_vlm:
+        raise UserError("--theta lora needs --train-vlm, which trains LoRA's weights")
     if (args.algo or domain.RL_ALGORITHM) == "sacfd":
         return sacfd.main(args)
     if args.rollout < 4:
@@ -375,7 +375,7 @@ def main(args: Args) -> None:
 
     # --- theta frozen, phi and a new critic
     vla = VLA.load(args.parent, args.domain, device)
-    if args.new_lora and not vla.has_lora:  # `tiny`, whose theta is otherwise the whole VLM
+    if args.theta == "lora" and not vla.has_lora:
         vla.add_lora(VLAConfig.lora_rank)
     set_trainable(vla.vlm.parameters(), False)
     set_trainable(vla.theta(), args.train_vlm)

@@ -11,7 +11,7 @@ the new ones into the VLM.
 Where the paper is silent or this differs from it:
 1) Mixture: every task is drawn equally often, however many frames it has; an RL task `--rl-weight`
    times as often as an expert task (the paper writes the plain union).
-2) The optimizers from new moments, short warm-up, cosine to zero, moving average, augmentation, the
+2) Muon and AdamW from new moments, short warm-up, cosine to zero, moving average, augmentation, the
    error's unit: as in stage 0.
 3) `--freeze-vlm` trains phi alone: the paper's ablation iRe-VLA-freeze.
 4) The `tiny` VLM is trained whole here too. results/experiments.md compares that with LoRA

@@ -26,6 +26,12 @@ def take_turns(sides: dict[Hashable, Callable], rounds: int) -> dict[Hashable, f
     return {side: float(np.median(times[1:])) for side, times in seconds.items()}
 
 
+def samples_per_second(log: list[dict], batch: int) -> float:
+    """Return the speed of SFT by its log, a line every 50 steps. The first 50 steps do not count."""
+    first, last = log[0], log[2]
+    return batch * (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
+
+
 def row(ours: float, theirs: float, ratio: float) -> dict[str, float]:
     """Return two measurements and their ratio to three digits, and as integers from 100 on."""
     values = {"ours": ours, "theirs": theirs, "ratio": ratio}

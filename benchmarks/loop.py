@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._turns import ROOT, row, save_rows
+from benchmarks._turns import ROOT, row, samples_per_second, save_rows
 
 RENDER = """
 import importlib, sys, time
@@ -149,7 +149,7 @@ def sft(side: Checkout) -> float:
         side.data,
     ]
     lines = list(first_lines(side, [*stage, "--out", out, "--episodes", 0], out.name, 3))
-    return 256 * 100 / (lines[2]["seconds"] - lines[0]["seconds"])
+    return samples_per_second(lines, 256)
 
 
 def d_e(side: Checkout, demos: int) -> float:

@@ -11,9 +11,9 @@
 
 The dashed line extrapolates the first point: in proportion to episodes, tasks, environments or
 pixels, and level for a batch, whose size is fixed. Environments and processes cannot follow it
-beyond the number of cores. All episodes of a task are links to one file, so this is the cost of the code and not of
-the disk, which benchmarks/loading.py measures. The numbers are medians over rounds in which every
-size has its turn.
+beyond the number of cores. All episodes of a task are links to one file, so this is the cost of the
+code and not of the disk, which benchmarks/loading.py measures. The numbers are medians over rounds
+in which every size has its turn.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from benchmarks._episodes import write_noise_episode
-from benchmarks._turns import RESULTS, ROOT, save_rows, take_turns
+from benchmarks._turns import RESULTS, ROOT, samples_per_second, save_rows, take_turns
 from common.figures import pyplot
 from common.rates import all_tasks
 from common.vector_env import make_vector_env
@@ -107,10 +107,8 @@ def sft_speed(processes: int, data: Path, out: Path) -> float:
     stage = ["stage0_sft.py", "--domain", "metaworld", "--data", data, "--out", out, "--demos", "1"]
     short = ["--steps", "150", "--batch", str(BATCH), "--threads", "1", "--episodes", "0"]
     subprocess.run([sys.executable, *launcher, *stage, *short], cwd=ROOT, check=True)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return (
-        BATCH * (lines[2]["step"] - lines[0]["step"]) / (lines[2]["seconds"] - lines[0]["seconds"])
-    )
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return samples_per_second(log, BATCH)
 
 
 def measure_processes(numbers: list[int], rounds: int, folder: Path) -> dict[int, float]:

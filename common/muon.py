@@ -5,16 +5,17 @@ forward and the backward pass.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Newton-Schulz iteration, as in torch.optim.Muon
 ITERATIONS = 5
 RMS = 0.2  # rms of an update in units of the learning rate, about as with AdamW
 
 
-@torch.no_grad()  # per thread
+@torch.no_grad()  # a thread of `parallel` has not step's
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """Return wide matrices (n, a, b), a <= b, with all of their singular values near 1."""
     a, b, c = COEFFICIENTS
@@ -25,6 +26,14 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def is_hidden_matrix(name: str, p: nn.Parameter, outputs: tuple[str, ...]) -> bool:
+    """Return whether a weight is a matrix between hidden layers, which Muon is for: no embedding, no output layer.
+
+    outputs: what the names of output layers' weights begin with.
+    """
+    return p.ndim == 2 and "embed" not in name and not name.startswith(outputs)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov's momentum and decoupled weight decay, for matrices alone.
 
@@ -33,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: Iterable[nn.Parameter] | list[dict],
         lr: float = 0.0,
         momentum: float = 0.95,
         weight_decay: float = 0.02,
@@ -61,9 +70,7 @@ class Muon(torch.optim.Optimizer):
                 update = update.T if tall else update
                 updates[update.shape].append((p, tall, update))
             stacks = [torch.stack([update for _, _, update in rows]) for rows in updates.values()]
-            for shape, rows, new in zip(
-                updates, updates.values(), self.parallel(orthogonal, stacks)
-            ):
+            for (shape, rows), new in zip(updates.items(), self.parallel(orthogonal, stacks)):
                 for (p, tall, _), x in zip(rows, new):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(x.T if tall else x, alpha=-lr * RMS * shape[1] ** 0.5)

@@ -322,9 +322,9 @@ def test_ppo_through_the_whole_vla_moves_theta(project, checkpoint, tmp_path):
         project.run(*short_stage(checkpoint, tmp_path / "other", algo="sacfd", **more))
     )
     assert "--train-vlm needs --algo ppo" in sentence
-    more |= {"train_vlm": False, "new_lora": True}
+    more |= {"train_vlm": False, "theta": "lora"}
     sentence = one_sentence(project.run(*short_stage(checkpoint, tmp_path / "other", **more)))
-    assert "--new-lora needs --train-vlm" in sentence
+    assert "--theta lora needs --train-vlm" in sentence
 
 
 def test_labels_of_d_rl_are_the_policy_s_own(checkpoint):

@@ -115,13 +115,18 @@ def test_killed_sft_resumes_bit_for_bit(stage, project, checkpoint, bead):
     assert not [name for name in b if "tmp" in name or "state" in name]
 
 
+def bead_stage0(project, bead, name, steps):
+    """Return the command of a small stage 0 on the bead, with D_e of its own, and the folder that it writes."""
+    data = project.folder / f"runs/D_e-{name}"
+    out = project.folder / f"runs/{name}/0-sft"
+    write_d_e(data / "bead", bead)
+    flags = {"demos": 1, "image_size": 32, "steps": steps, "batch": 8, "episodes": 0, "threads": 1}
+    return command("stage0_sft.py", domain="bead", data=data, out=out, **flags), out
+
+
 def test_nan_loss_stops_sft_and_names_the_way_out(project, bead):
     """A learning rate that explodes ends the stage with one sentence, no finished folder, and a remedy that works."""
-    data = project.folder / "runs/D_e-explodes"
-    out = project.folder / "runs/explodes/0-sft"
-    write_d_e(data / "bead", bead)
-    flags = {"demos": 1, "image_size": 32, "steps": 20, "batch": 8, "episodes": 0, "threads": 1}
-    stage0 = command("stage0_sft.py", domain="bead", data=data, out=out, **flags)
+    stage0, out = bead_stage0(project, bead, "explodes", steps=20)
     sentence = one_sentence(project.run(*stage0, "--lr", "1e30"))
     assert "nan" in sentence.lower() and "smaller --lr" in sentence and ".0-sft.partial" in sentence
     assert not out.exists()
@@ -252,11 +257,7 @@ def test_muon_trains_the_matrices_of_a_whole_vlm(tmp_path):
 
 def test_a_state_of_another_optimizer_is_refused(project, bead):
     """A stage that an older version began, with AdamW alone, is refused and stays as it is."""
-    data = project.folder / "runs/D_e-older"
-    out = project.folder / "runs/older/0-sft"
-    write_d_e(data / "bead", bead)
-    flags = {"demos": 1, "image_size": 32, "steps": 2000, "batch": 8, "episodes": 0, "threads": 1}
-    stage0 = command("stage0_sft.py", domain="bead", data=data, out=out, **flags)
+    stage0, out = bead_stage0(project, bead, "older", steps=2000)
     process = project.start(*stage0, python=warm_python(), SAVE_INTERVAL="0")
     while saved_step(out) < 1 and process.poll() is None:
         time.sleep(0.02)

@@ -55,7 +55,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from common.errors import run_cli
 from common.files import atomic_write, make_folder, read_tensors, write_json
-from common.muon import Muon
+from common.muon import Muon, is_hidden_matrix
 from common.runs import load_optimizer, optimizer_tensors
 from model import Head
 from tools.pretraining.card import write_card
@@ -68,6 +68,7 @@ WARMUP = 200  # optimizer steps
 COOLDOWN = 0.15  # share of a part's steps in which the learning rate falls to zero
 EMA = 0.998  # decay of the weights' moving average
 MUON_LR = 2.0  # Muon's learning rate in units of AdamW's
+HEADS = ("dense.", "dense_again.", "point.", "place.")  # of the auxiliary losses, by name
 SAVE_STEPS = 100  # optimizer steps between two saved states
 QUESTIONS = 4  # a scene
 MIN_CELLS = (16, 2)  # cells that a part must show, at the start and from half of the steps on
@@ -217,7 +218,7 @@ class Part:
         matrices = []
         others = []
         for group, lr in groups:
-            hidden = {n: p for n, p in group.items() if is_hidden_matrix(n, p)}
+            hidden = {n: p for n, p in group.items() if is_hidden_matrix(n, p, HEADS)}
             rest = [p for n, p in group.items() if n not in hidden]
             if hidden:
                 matrices.append({"params": list(hidden.values()), "peak": MUON_LR * lr})
@@ -233,7 +234,7 @@ class Part:
             tensors, metadata = read_tensors(self.path)
             self.step = int(metadata["step"])
             for i, optimizer in enumerate(self.optimizers):
-                load_optimizer(optimizer, tensors, f"opt{i}")
+                load_optimizer(optimizer, tensors, f"{i}/opt")
             for n, p in self.weights.items():
                 p.data.copy_(tensors[f"now.{n}"])
                 self.average[n].copy_(tensors[f"average.{n}"])
@@ -245,7 +246,7 @@ class Part:
     def save(self) -> None:
         tensors = {}
         for i, optimizer in enumerate(self.optimizers):
-            tensors |= optimizer_tensors(optimizer, f"opt{i}")
+            tensors |= optimizer_tensors(optimizer, f"{i}/opt")
         for n, p in self.weights.items():
             tensors[f"now.{n}"] = p.detach().clone()
             tensors[f"average.{n}"] = self.average[n]
@@ -294,12 +295,6 @@ class Part:
                 sums = {}
                 self.save()
         bar.close()
-
-
-def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
-    """Return whether a weight is a matrix between hidden layers, which Muon trains."""
-    outside = name.split(".")[0] in ("dense", "dense_again", "point", "place")
-    return p.ndim == 2 and "embed" not in name and not outside
 
 
 def named(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -40,7 +40,7 @@ case $METHOD in
   ire-vla | sft-only) ;;
   ire-vla-freeze) SFT+=" --freeze-vlm" ;;
   ppo-replay) RL+=" --algo ppo --train-vlm" ;;
-  rl-lora) RL+=" --algo ppo --train-vlm --new-lora --all-tasks --successes 0" ;;
+  rl-lora) RL+=" --algo ppo --train-vlm --theta lora --all-tasks --successes 0" ;;
   *)
     echo "error: METHOD must be ire-vla, ire-vla-freeze, ppo-replay, rl-lora or sft-only (got $METHOD)" >&2
     exit 2
