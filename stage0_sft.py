@@ -8,7 +8,7 @@ each expert task.
 
 Where the paper is silent or this differs from it:
 1) Demonstrations: the expert's action is executed with Gaussian noise on every dimension but the
-   last (the gripper), and its clean action is the label, so the data shows how to recover from
+   last (the gripper, if any), and its clean action is the label, so the data shows how to recover from
    small errors (DART, 1703.09327). In some domains (RANDOM_BURST_PROB) a few steps in a row are
    random, so it also shows how to recover from a miss.
 2) The error is in units of each action dimension's std over D_e, so that each counts alike. Mean
@@ -16,9 +16,9 @@ Where the paper is silent or this differs from it:
 3) Every task is drawn equally often, however long its episodes are. Images are stretched,
    recoloured and partly hidden at random (common/augment.py): a VLM that has seen the world would
    need less of that, `tiny` knows nothing else.
-4) Muon for the matrices of a whole VLM and of the head, AdamW for everything else and for LoRA:
-   with Muon `tiny` needs half of AdamW's steps (results/experiments.md). Linear warm-up, cosine to
-   zero. The weights kept are an exponential moving average over the last steps.
+4) Muon for the matrices between hidden layers, AdamW for everything else: with Muon `tiny` needs
+   half of AdamW's steps (results/experiments.md). With LoRA, AdamW for everything. Linear warm-up,
+   cosine to zero. The weights kept are an exponential moving average over the last steps.
 5) The `tiny` VLM is random, so all its weights are trained here. A pre-trained one gets LoRA, as in
    the paper.
 6) For a large VLM: `--lora-targets language --cache` computes the vision tower and the Q-Former

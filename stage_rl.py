@@ -203,7 +203,7 @@ class Rollout:
         self.mask = encoded[0][1][:1]  # (1, M): one instruction
         self.h = torch.zeros(T + 1, N, M, D, dtype=torch.bfloat16, device=device)
         self.h[T] = torch.cat([h for h, _ in encoded])  # row 0 of the first rollout
-        # PPO-Replay alone keeps the images, because theta moves and with it the latents.
+        # --train-vlm alone keeps the images, because theta moves and with it the latents.
         self.images = np.zeros((T + 1, N, size, size, 3), np.uint8) if args.train_vlm else None
         self.action = torch.zeros(T, N, A, device=device)
         self.log_prob = torch.zeros(T, N, device=device)

@@ -55,7 +55,7 @@ def end_with_parent() -> None:
 def record_attempt(recording: Recording, task: str, k: int) -> str:
     """Run the expert from initial state k. Write the episode if it succeeds. Return the task.
 
-    Noise is added to every dimension but the last, the gripper. With probability
+    Noise is added to every dimension but the last (the gripper, if any). With probability
     `random_burst_prob` a step begins a burst of 2 to 5 random actions. The label is the expert's
     own action (stage0_sft.py).
     """

@@ -2,6 +2,6 @@
 
 import os
 
-# torch's CPU threads wait for each other asleep, not spinning. With one core taken by another
-# program, spinning makes two threads ten times slower (results/experiments.md).
+# torch's CPU threads wait for each other asleep, not spinning. While other programs take the cores,
+# spinning makes two threads ten times slower (results/experiments.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

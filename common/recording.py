@@ -23,7 +23,7 @@ def step_noise(ids: list[tuple[str, int, int]], like: torch.Tensor) -> torch.Ten
 def noisy_policy(vla, std: float) -> Policy:
     """Return the policy that records as the expert does: the label is the mean, and noise is added to what is executed.
 
-    The last dimension, the gripper, gets no noise.
+    The last dimension (the gripper, if any) gets no noise.
     """
 
     def act(h: torch.Tensor, mask: torch.Tensor, ids: list) -> tuple[torch.Tensor, torch.Tensor]:

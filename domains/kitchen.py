@@ -14,8 +14,7 @@ horizon, and of the new tasks it only states that "appearance and position" diff
   cabinet hangs. In its tasks the cabinet hangs lower and nearer: the arm can pull the door open by
   0.6 to 0.9 rad, and 0.5 is success.
 - An image consists of two views: the kitchen, and the end effector from nearby. In a single view of
-  the scene a handle is two pixels wide, and 50 demonstrations do not teach how to grip it
-  (results/experiments.md).
+  the scene a handle is two pixels wide, and 50 demonstrations do not teach how to grip it.
 - Experts are functions of the present state alone (`expert`), because a policy that sees one image
   cannot imitate memory.
 """

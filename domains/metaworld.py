@@ -7,7 +7,7 @@ the 25 tasks, the variations, the camera and the horizon. Here:
   is success, 0 or 1.
 - An image consists of two views: the table, and the gripper from nearby. Meta-World's cameras are
   far away, and `corner2` is upside down. In a single view of the scene a handle is three pixels
-  wide (results/experiments.md). The policy gets no proprioception.
+  wide. The policy gets no proprioception.
 - A variant is its family's task with another model (handle or button, proportions, a stand), other
   colours and another range of positions: the table VARIANTS, applied by `apply_variant`.
 - Images are rendered without shadows, reflections and multisampling, and the arm as convex hulls:
@@ -28,7 +28,7 @@ from common.errors import UserError
 from domains._metaworld_variants import VARIANTS, Variant, apply_variant
 
 NAME = "metaworld"
-HORIZON = 80  # environment steps; the slowest expert, on door-lock with noise, needs up to 78
+HORIZON = 80  # environment steps; the slowest expert, on coffee-push with noise, needs up to 77
 ACTION_REPEAT = 2  # steps of Meta-World (12.5 ms each) in an environment step
 RL_ALGORITHM = "ppo"
 ACTION_NOISE_STD = 0.2
@@ -186,7 +186,7 @@ class MetaWorld(gym.Env):
     """One task.
 
     Observation: (image_size, image_size, 3) uint8. Action: (4,) in [-1, 1], clipped: the gripper's
-    motion x, y, z (1 is 10 mm a physics step) and its closing.
+    motion x, y, z (1 is 10 mm a step of Meta-World) and its closing.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
@@ -297,7 +297,8 @@ def preload() -> None:
 def expert(env: gym.Env) -> np.ndarray:
     """Return the action of Meta-World's scripted policy in the present state, without noise: (4,) float32 in [-1, 1].
 
-    Two tasks are corrected. Neither the environment nor its state is changed.
+    plate-slide-back-side, both reaches and the variants of door-open are corrected. Neither the
+    environment nor its state is changed.
     """
     env = env.unwrapped
     # Some scripts change the array that they get.

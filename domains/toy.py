@@ -1,4 +1,4 @@
-"""A toy domain that is learned in a minute: touch the ball, the box, or the mug by its handle.
+"""A toy domain that is learned in minutes: touch the ball, the box, or the mug by its handle.
 
 The image is the view of a camera on the end effector, straight down on a table. The ring in its centre is where the end
 effector touches, and an action moves it over the table. It starts below the object.

@@ -198,6 +198,16 @@ def test_without_a_success_the_head_rests(project, tmp_path):
     assert same_tensors(old, new, [k for k in old if k.startswith("head.")])
 
 
+def test_the_head_rests_while_the_critic_warms_up(project, checkpoint, tmp_path):
+    """Episodes succeed, but until the warm-up ends the critic alone learns: the head is the parent's, bit for bit."""
+    changes = {"env_steps": 800, "envs": 4, "warmup": 1000, "std": 0.25}
+    project.must(*short_stage(checkpoint, tmp_path / "1-rl-blue", **changes))
+    log = [json.loads(line) for line in (tmp_path / "1-rl-blue/log.jsonl").read_text().splitlines()]
+    assert log[-1]["success"] > 0
+    old, new = (load_file(f / "heads.safetensors") for f in (checkpoint, tmp_path / "1-rl-blue"))
+    assert same_tensors(old, new, [k for k in old if k.startswith("head.")])
+
+
 def test_other_instructions_are_a_start_if_its_own_leads_nowhere(project, tmp_path):
     """A policy that solves the task by the red bead's instruction, and never by the blue one's, learns the blue one's.
 

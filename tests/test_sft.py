@@ -37,7 +37,7 @@ def test_sft_replays_the_episode_that_it_has_learned(project):
         "demos": 1,
         "action_noise_std": 0,
         "random_burst_prob": 0,
-        "steps": 600,
+        "steps": 250,
         "batch": 16,
         "lr": 1e-3,
     }

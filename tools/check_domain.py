@@ -17,7 +17,7 @@ from common.cli import parse
 class Args:
     domain: Positional[str]  # name of a file in domains/
     episodes: int = 20  # episodes per task, with and without noise
-    action_noise_std: float = 0.2  # std of the noise on all dimensions but the gripper
+    action_noise_std: float = 0.2  # std of the noise on all dimensions but the last
     seed: int = 20_000  # seed of each task's first episode
     out: str = ""  # folder for the two files (default: results/<domain>)
 

@@ -1,4 +1,4 @@
-# Sourced by loop.sh, test.sh and tools/fig4.sh: sets PYTHON to an interpreter that has the packages of REQUIREMENTS
+# Sourced by tools/settings.sh and every other script: sets PYTHON to an interpreter that has the packages of REQUIREMENTS
 # (default: requirements.txt), and makes .venv on first use. If the script names its environment variables in VARIABLES,
 # RESUME_COMMAND becomes the command that a stopped stage tells the user to rerun.
 if [ -n "${VARIABLES:-}" ]; then
@@ -23,6 +23,6 @@ fi
 command -v "$PYTHON" >/dev/null ||
   { echo "error: PYTHON=$PYTHON is not an interpreter: name one that has requirements.txt, or leave it out" >&2 && exit 2; }
 PATH=$(cd "$(dirname "$PYTHON")" 2>/dev/null && pwd):$PATH # for SFT_LAUNCH="torchrun ..."
-# torch's CPU threads sleep while they wait for each other. Spinning makes two threads ten times slower if another
-# process uses one of the cores (results/experiments.md).
+# torch's CPU threads sleep while they wait for each other. Spinning makes two threads ten times slower while
+# other processes take the cores (results/experiments.md).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

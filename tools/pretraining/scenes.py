@@ -1,6 +1,6 @@
 """Random scenes for the pre-training of the tiny VLM: generic things, drawn as a policy sees its world.
 
-A scene has a table, a floor, up to two walls, clutter, up to ten things and mostly an arm with a
+A scene has a table, a floor, up to two walls, clutter, up to eight things and mostly an arm with a
 gripper. A thing is a primitive, a turned body (a bowl, a bottle), or a compound: a box with a
 button, a cabinet with a drawer or a hinged door and a handle, a lever on a base. Colours, textures,
 lights, cameras, proportions and sizes are drawn from continuous distributions. Nothing comes from
