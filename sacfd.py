@@ -269,12 +269,7 @@ class Actor:
         # A resumed run does not repeat its first episodes.
         seed = RL_SEED + 10_000 * args.seed + counters["iteration"]
         obs, _ = self.envs.reset(seed=[seed + 1000 * i for i in range(N)])
-        if self.replay.t:  # an empty row separates the resumed rows from the new ones
-            nothing = torch.zeros(N, device=device)
-            no_action = torch.zeros_like(self.replay.action[0])
-            self.replay.add(no_action, nothing, nothing, nothing, nothing, self.encode(obs))
-        else:
-            self.replay.h[0] = self.encode(obs)
+        self.replay.begin(self.encode(obs))
 
     @torch.no_grad()
     def encode(self, obs: np.ndarray) -> torch.Tensor:

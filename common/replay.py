@@ -27,7 +27,8 @@ class Replay:
     """Rows of N environments, in the order in which they were seen.
 
     h[t+1] is what step t led to, also at an episode's end. A row whose step only reset its
-    environment has priority 0 and is never drawn. All rows are kept. Memory is taken as rows are
+    environment has priority 0 and is never drawn. Where a stopped run went on, a row is marked as
+    success and time-out at once, as no other row is. All rows are kept. Memory is taken as rows are
     written: 2 M D bytes each.
     """
 
@@ -58,6 +59,17 @@ class Replay:
         self.h[t + 1] = h_next
         self.priority[t] = valid * max(1.0, float(self.priority[:t].max())) if t else valid.float()
         self.t = t + 1
+
+    def begin(self, h: torch.Tensor) -> None:
+        """Set the latents (N, M, D) of the environments' first images, after `read` or in an empty buffer."""
+        if not self.t:
+            self.h[0] = h
+            return
+        # An empty row separates the rows read from the new ones.
+        N = self.reward.shape[1]
+        nothing = torch.zeros(N, device=self.h.device)
+        end = torch.ones_like(nothing)
+        self.add(torch.zeros_like(self.action[0]), nothing, end, end, nothing, h)
 
     def sample(
         self, k: int, gamma: float, how, generator: torch.Generator
@@ -121,8 +133,10 @@ class Replay:
         if self.t:
             tensors, _ = read_tensors(folder / "priority.safetensors")
             self.priority[: self.t] = tensors["priority"][: self.t]
-            # The episodes that ran when the run stopped end there unseen, as with a time-out.
-            last = self.t - 1
+            # The episodes that ran when the run stopped, now or before, end there unseen, as with a
+            # time-out.
+            separators = (self.term * self.trunc)[1 : self.t].all(1).nonzero().flatten() + 1
+            last = torch.cat([separators - 1, separators.new_tensor([self.t - 1])])
             self.trunc[last] = torch.maximum(self.trunc[last], 1 - self.term[last])
 
 

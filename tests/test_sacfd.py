@@ -131,6 +131,28 @@ def test_a_replay_read_again_is_the_one_written(tmp_path):
     assert again.t == 30 and len(list(tmp_path.glob("replay-*"))) == 2
 
 
+def test_an_interrupted_episode_never_gets_the_reward_of_the_next(tmp_path):
+    """Stopped in the middle of an episode and resumed twice: the n-step return of its last rows ends with them."""
+    rows = 0
+    for success in (False, True, True):
+        replay = Replay(40, 1, (2, 4), 2, torch.device("cpu"))
+        replay.read(tmp_path, rows)
+        replay.begin(torch.randn(1, 2, 4))
+        for step in range(8):
+            end = torch.tensor([float(success and step == 7)])
+            replay.add(torch.randn(1, 2), end, end, 0, torch.ones(1), torch.randn(1, 2, 4))
+        replay.write(tmp_path)
+        rows = replay.t
+    replay = Replay(40, 1, (2, 4), 2, torch.device("cpu"))
+    replay.read(tmp_path, rows)
+    generator = torch.Generator().manual_seed(0)
+    i, drawn = replay.sample(500, 0.9, SACfDArgs(n_step=20), generator)
+    interrupted = i < 8
+    assert (drawn.ret[~interrupted] > 0).all() and not drawn.ret[interrupted].any()
+    assert (drawn.discount[interrupted] > 0).all()
+    assert torch.equal(drawn.h_next[i == 7][0], replay.h[8, 0].float())
+
+
 class InProcess(gym.vector.SyncVectorEnv):
     """Environments in this process, with the two halves of a step."""
 
