@@ -437,6 +437,8 @@ def main(args: Args) -> None:
                     with cpu_threads(rollout.threads):
                         instruction_fallback(args, domain, learner)
                     recent.clear()
+                    if not counters["best"]:  # the head from before never succeeded
+                        counters["best"] = -1.0
                 if stage.should_save():
                     learner.save()
         learner.finish_training()

@@ -105,12 +105,12 @@ class Learner:
         return len(self.recent) == self.recent.maxlen and not any(self.recent)
 
     def finish_training(self) -> None:
-        """Set the VLA to the best weights. If `recent` was never full, the last ones stay."""
-        self.counters["finished"] = True
-        self.save()
+        """Set the VLA to the best weights, and save. If `recent` was never full, the last ones stay."""
         if self.counters["best"] >= 0:
             for name, p in self.trainable.items():
                 p.data.copy_(self.best[name])
+        self.counters["finished"] = True
+        self.save()
 
     # --- D_rl and the checkpoint
 
