@@ -10,7 +10,8 @@ simulation and on a robot:
     reward (T,) float32           1 for the step that succeeded, else 0
     header, strings               format, domain, task, instruction, source (expert or online), success, seed,
                                   executed ("1": `action` is what was executed, as SACfD and a robot store it),
-                                  protocol (the domain's, JSON; null if it is not known), versions (JSON)
+                                  protocol (the domain's, JSON; null if it is not known), versions (JSON),
+                                  noise (a scripted expert's action_noise_std and random_burst_prob, JSON)
 
 Frames are read on access, so a data set of any size needs memory only for one batch.
 common/episode_file.py reads and writes the file. `python -m tools.convert` imports and exports

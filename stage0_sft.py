@@ -42,7 +42,7 @@ class Args:
     out: str  # checkpoint to write, e.g. runs/<name>/0-sft
     data: str = "runs/D_e"  # folder of the expert episodes of all domains and runs
     vlm: str = "tiny"  # tiny, a BLIP-2 folder, or a hub name (Salesforce/blip2-opt-2.7b)
-    demos: int | None = None  # demonstrations per expert task (default: DEMOS_PER_TASK)
+    demos: int | None = None  # demonstrations per task; 0: those there (default: the domain's)
     action_noise_std: float | None = None  # std of the noise on actions (default: the domain's)
     random_burst_prob: float | None = None  # of a burst, per step (default: the domain's)
     image_size: int = 64  # pixels of the square camera image, in D_e and in all later stages
@@ -79,7 +79,7 @@ from tqdm import tqdm
 
 from common.augment import augment, draw_augmentation
 from common.backbone import SMALL_VLM, TINY_PATCH
-from common.demonstrations import Recording, collect_demonstrations
+from common.demonstrations import Recording, check_present, collect_demonstrations
 from common.devices import pick_device, use_threads
 from common.distributed import barrier, broadcast, mean_over_ranks, rank_and_world_size
 from common.errors import UserError, run_cli
@@ -198,9 +198,14 @@ def sft_optimizers(
     """
     names = {p: name for name, p in vla.named_parameters()}
     last = (f"head.mlp.{len(vla.head.mlp) - 1}.",)
-    is_hidden = [not vla.has_lora and is_hidden_matrix(names[p], p, last) for p in trained]
-    hidden = [p for p, yes in zip(trained, is_hidden) if yes]
-    rest = [p for p, yes in zip(trained, is_hidden) if not yes]
+    # By identity, because a T5 calls its word embedding "shared".
+    words = {m.weight for m in vla.modules() if isinstance(m, torch.nn.Embedding)}
+    words.add(vla.blip.get_output_embeddings().weight)
+    hidden = []
+    rest = []
+    for p in trained:
+        muon = not vla.has_lora and p not in words and is_hidden_matrix(names[p], p, last)
+        (hidden if muon else rest).append(p)
     optimizers = {"adamw": torch.optim.AdamW(rest, weight_decay=weight_decay, fused=True)}
     if hidden:
         optimizers["muon"] = Muon(hidden, weight_decay=weight_decay, parallel=parallel)
@@ -229,7 +234,8 @@ def train_sft(
     if args.cache:
         use_token_cache(data, vla)
     workers = BatchWorkers(args.threads, args.batch // world, vla)
-    optimizers = sft_optimizers(vla, trained, args.weight_decay, workers.pool.map)
+    parallel = workers.pool.map if workers.num > 1 else map
+    optimizers = sft_optimizers(vla, trained, args.weight_decay, parallel)
     average = [p.detach().clone() for p in trained]
 
     # --- resume
@@ -294,6 +300,7 @@ def train_sft(
             )
         for optimizer in optimizers.values():
             optimizer.step()
+            optimizer.zero_grad()  # frees the gradient before the next one is computed
         # The first step's weights begin the average.
         weight = 1 - schedule.ema_decay() if step else 1.0
         torch._foreach_lerp_(average, [p.detach() for p in trained], weight)
@@ -347,7 +354,14 @@ def record_demonstrations(
         else random_burst_prob,
         root=root,
     )
+    chosen = {
+        "demos": demos,
+        "action_noise_std": action_noise_std,
+        "random_burst_prob": random_burst_prob,
+    }
+    asked = {name for name, value in chosen.items() if value is not None}
     with folder_lock(root):  # another run may be recording the same
+        check_present(recording, domain.EXPERT_TASKS, num_demos, asked)
         if recording.lacking(domain.EXPERT_TASKS, num_demos):
             only_simulated(domain, "the scripted expert")
             collect_demonstrations(domain, recording, num_demos, threads)
@@ -366,6 +380,7 @@ def main(args: Args) -> None:
             f"patches (got {args.image_size})"
         )
     args.batch = domain.SFT_BATCH if args.batch is None else args.batch
+    args.steps = domain.STAGE0_STEPS if args.steps is None else args.steps
     stage = Stage(args)
     rank, _ = rank_and_world_size()
     device = pick_device(args.device)
@@ -404,12 +419,11 @@ def main(args: Args) -> None:
     vla.action_std.copy_(actions.std(0).clamp(min=0.05))
 
     # --- Eq. 2
-    steps = domain.STAGE0_STEPS if args.steps is None else args.steps
-    train_sft(args, stage, Schedule(0, steps, 200), data, vla, vla.theta() + vla.phi())
+    train_sft(args, stage, Schedule(0, args.steps, 200), data, vla, vla.theta() + vla.phi())
     if rank:
         return
     vla.save(stage.folder, args=stage.identity_args, instructions=instructions)
-    stage.finish(env_steps=0, frames=len(data), vlm_forwards=steps * args.batch)
+    stage.finish(env_steps=0, frames=len(data), vlm_forwards=args.steps * args.batch)
     torch.set_num_threads(1)
     evaluate_stage(stage.out, domain, args.episodes, device, vla=vla)
 

@@ -1,5 +1,6 @@
 """Record D_e: episodes of a domain's scripted expert, in worker processes that import no torch."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ from types import ModuleType
 import numpy as np
 from tqdm import tqdm
 
-from common.episode_file import EXPERT_SEED, EpisodeInfo, episode_ids, write_episode
+from common.episode_file import EXPERT_SEED, EpisodeInfo, episode_ids, open_episode, write_episode
 from common.errors import UserError
 from common.processes import starting_workers
 
@@ -36,9 +37,46 @@ class Recording:
     random_burst_prob: float
     root: Path  # D_e/<domain>
 
+    def noise(self) -> dict[str, float]:
+        """Return what is added to the expert's actions."""
+        return {
+            "action_noise_std": float(self.action_noise_std),
+            "random_burst_prob": float(self.random_burst_prob),
+        }
+
     def lacking(self, tasks: list[str], num_demos: int) -> list[str]:
         """Return the tasks that have fewer than `num_demos` episodes."""
         return [task for task in tasks if len(episode_ids(self.root / task)) < num_demos]
+
+
+def check_present(recording: Recording, tasks: list[str], num_demos: int, asked: set[str]) -> None:
+    """Check the episodes that are there already: none too many, and recorded with the same noise.
+
+    num_demos: demonstrations per task; 0: all that are there. asked: which of "demos" and the
+    entries of `Recording.noise` the user has chosen. The noise counts also if episodes are yet to
+    be recorded. Raises UserError.
+    """
+    wanted = recording.noise()
+    if recording.lacking(tasks, num_demos):
+        asked = asked | set(wanted)
+    for task in tasks:
+        folder = recording.root / task
+        present = episode_ids(folder)
+        if "demos" in asked and len(present) > num_demos > 0:
+            raise UserError(
+                f"{folder} holds {len(present)} episodes, more than --demos {num_demos}: "
+                f"use --demos 0 to train on all of them, or another --data"
+            )
+        if not present:
+            continue
+        _, header = open_episode(folder / f"{present[0]:06d}.safetensors")
+        found = json.loads(header.get("noise", "{}"))  # unknown in imported and older episodes
+        for name in sorted(asked & set(found)):
+            if found[name] != wanted[name]:
+                raise UserError(
+                    f"{folder} was recorded with {name} {found[name]}, not {wanted[name]}: "
+                    f"use the same --{name.replace('_', '-')}, or another --data"
+                )
 
 
 def follow_parent() -> None:
@@ -96,6 +134,7 @@ def record_attempt(recording: Recording, task: str, k: int) -> str:
             source="expert",
             seed=EXPERT_SEED + k,
             protocol=recording.protocol,
+            noise=json.dumps(recording.noise()),
         )
         write_episode(
             recording.root / task / f"{k:06d}.safetensors", images, actions, rewards, info

@@ -43,6 +43,7 @@ class EpisodeInfo:
     executed: bool = False  # whether `action` includes the noise, as executed
     made_by: Mapping | None = None  # package versions, if not the installed ones
     origin: str = ""  # digest of the foreign episode that was imported
+    noise: str = ""  # of a scripted expert: {"action_noise_std", "random_burst_prob"} as JSON
 
 
 def write_episode(
@@ -78,6 +79,8 @@ def write_episode(
     }
     if info.origin:
         header["origin"] = info.origin
+    if info.noise:
+        header["noise"] = info.noise
     with atomic_write(path) as tmp:
         save_file({"image": image, "action": action, "reward": reward}, tmp, header)
 

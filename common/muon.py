@@ -34,6 +34,11 @@ def is_hidden_matrix(name: str, p: nn.Parameter, outputs: tuple[str, ...]) -> bo
     return p.ndim == 2 and "embed" not in name and not name.startswith(outputs)
 
 
+def is_tall(p: torch.Tensor) -> bool:
+    """Return whether a matrix has more rows than columns."""
+    return p.shape[0] > p.shape[1]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov's momentum and decoupled weight decay, for matrices alone.
 
@@ -56,21 +61,26 @@ class Muon(torch.optim.Optimizer):
         """Update every matrix that has a gradient. Matrices of one shape are made orthogonal together."""
         for group in self.param_groups:
             lr = group["lr"]
-            # {shape, the longer side last: [(matrix, whether it is tall, its update)]}
-            updates = defaultdict(list)
+            shapes = defaultdict(list)  # {(shorter, longer side): matrices}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])
-                tall = p.shape[0] > p.shape[1]
-                update = update.T if tall else update
-                updates[update.shape].append((p, tall, update))
-            stacks = [torch.stack([update for _, _, update in rows]) for rows in updates.values()]
-            for (shape, rows), new in zip(updates.items(), self.parallel(orthogonal, stacks)):
-                for (p, tall, _), x in zip(rows, new):
+                if p.grad is not None:
+                    shapes[min(p.shape), max(p.shape)].append(p)
+            # Computed when `parallel` asks for them: a plain map holds one stack at a time.
+            stacks = (self.updates(ps, group["momentum"]) for ps in shapes.values())
+            results = self.parallel(orthogonal, stacks)
+            for ((_, longer), ps), new in zip(shapes.items(), results):
+                for p, x in zip(ps, new):
                     p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(x.T if tall else x, alpha=-lr * RMS * shape[1] ** 0.5)
+                    p.add_(x.T if is_tall(p) else x, alpha=-lr * RMS * longer**0.5)
+
+    def updates(self, params: list[nn.Parameter], momentum: float) -> torch.Tensor:
+        """Add the gradients to the momenta. Return the updates (n, a, b), a <= b, not yet orthogonal."""
+        wide = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 1 - momentum)
+            update = p.grad.lerp(state["momentum"], momentum)
+            wide.append(update.T if is_tall(p) else update)
+        return torch.stack(wide)

@@ -193,6 +193,8 @@ class Stage:
         # An argument newer than the record had its default.
         defaults = {k: getattr(kind, k, None) for k in args}
         old = defaults | renamed(read_entries(record, {"args": dict})["args"])
+        if old.get("steps") is None:  # older records of stage 0 do not resolve the default
+            old.pop("steps", None)
         differ = [k for k in old if k not in unused and old[k] != args.get(k)]
         if not differ:
             return
@@ -306,9 +308,7 @@ def optimizer_tensors(
     """Return an optimizer's moments as {"<name>.<parameter>.<moment>": tensor}, ready for safetensors."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{name}.{i}.{key}": value.clone()
-        for i, moments in state.items()
-        for key, value in moments.items()
+        f"{name}.{i}.{key}": value for i, moments in state.items() for key, value in moments.items()
     }
 
 

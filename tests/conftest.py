@@ -19,6 +19,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -400,6 +401,30 @@ def backbone(tmp_path_factory) -> str:
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("backbone")
     build_tiny(folder, SENTENCES, image_size=32)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def t5_backbone(backbone, tmp_path_factory) -> str:
+    """The same BLIP-2 with a T5 as its language model, as in the Flan-T5 versions on the hub."""
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("t5")
+    old = Blip2ForConditionalGeneration.from_pretrained(backbone)
+    vla = make_vla(folder, backbone)
+    text = T5Config(
+        vocab_size=len(vla.tokenizer), d_model=48, d_kv=12, num_heads=4, d_ff=96, num_layers=2
+    )
+    config = Blip2Config(
+        vision_config=old.config.vision_config.to_dict(),
+        qformer_config=old.config.qformer_config.to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=8,
+        image_token_index=old.config.image_token_index,
+    )
+    new = Blip2ForConditionalGeneration(config)
+    new.query_tokens.data.normal_()
+    for part in (new, vla.tokenizer, vla.image_processor):
+        part.save_pretrained(folder)
     return str(folder)
 
 

@@ -1,5 +1,6 @@
 """Episode files are complete or refused, and every task is drawn equally often."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 
 from benchmarks._episodes import write_noise_episode
 from common import demonstrations, episode_file
-from common.demonstrations import Recording, record_attempt
+from common.demonstrations import Recording, check_present, record_attempt
 from common.episode_file import (
     EXPERT_SEED,
     episode_files,
@@ -246,8 +247,9 @@ def test_a_disk_that_is_really_full(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_demonstrations_are_labelled_with_the_expert_s_own_action(bead, tmp_path, monkeypatch):
-    """D_e holds the expert's action. The executed one has noise on all dimensions but the last, the gripper."""
+@pytest.fixture
+def recording(bead, tmp_path, monkeypatch):
+    """How the bead's demonstrations were recorded in tmp_path: five of the task red."""
     monkeypatch.setattr(demonstrations, "_env", {})
     recording = Recording(
         make=bead.make,
@@ -262,6 +264,26 @@ def test_demonstrations_are_labelled_with_the_expert_s_own_action(bead, tmp_path
     )
     for k in range(5):
         record_attempt(recording, "red", k)
+    return recording
+
+
+def test_flags_that_the_demonstrations_there_contradict_are_refused(recording, tmp_path):
+    """More episodes than --demos, or others with another noise, would be trained on without a word."""
+    demos = len(episode_files(tmp_path / "red"))
+    check_present(recording, ["red"], demos, {"demos"})
+    check_present(recording, ["red"], 0, {"demos"})
+    check_present(recording, ["red"], 1, set())  # the domain's default
+    sentence = refused(check_present, recording, ["red"], 1, {"demos"})
+    assert f"red holds {demos} episodes, more than --demos 1" in sentence and "--data" in sentence
+    clean = dataclasses.replace(recording, action_noise_std=0.0)
+    check_present(clean, ["red"], demos, set())  # nothing is recorded, and nothing was asked
+    for more, asked in ((0, {"action_noise_std"}), (1, set())):
+        sentence = refused(check_present, clean, ["red"], demos + more, asked)
+        assert "was recorded with action_noise_std 0.2, not 0.0" in sentence
+
+
+def test_demonstrations_are_labelled_with_the_expert_s_own_action(recording, bead, tmp_path):
+    """D_e holds the expert's action. The executed one has noise on all dimensions but the last, the gripper."""
     path = episode_files(tmp_path / "red")[0]
     k = int(path.stem)
     handle, _ = open_episode(path)

@@ -10,13 +10,7 @@ import torch
 from conftest import make_vla, randomise, refused
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-    PreTrainedTokenizerFast,
-    T5Config,
-)
+from transformers import Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast
 
 from model import VLA, TokenLearner
 from report import model_card
@@ -96,24 +90,13 @@ def test_padding_never_changes_an_action():
 
 
 @pytest.mark.parametrize("language_model", ["opt", "t5"])
-def test_encode_equals_blip2_forward(language_model, backbone, tmp_path):
+def test_encode_equals_blip2_forward(language_model, backbone, t5_backbone, tmp_path):
     """`encode` returns the last hidden state of HF's own forward on a padded batch of HF's own processor."""
     torch.manual_seed(0)
-    hf = Blip2ForConditionalGeneration.from_pretrained(backbone)
-    vla = make_vla(tmp_path, backbone)
+    folder = {"opt": backbone, "t5": t5_backbone}[language_model]
+    hf = Blip2ForConditionalGeneration.from_pretrained(folder)
+    vla = make_vla(tmp_path, folder)
     if language_model == "t5":
-        text = T5Config(
-            vocab_size=len(vla.tokenizer), d_model=48, d_kv=12, num_heads=4, d_ff=96, num_layers=2
-        )
-        config = Blip2Config(
-            vision_config=hf.config.vision_config.to_dict(), qformer_config=hf.config.qformer_config.to_dict(),
-            text_config=text.to_dict(), num_query_tokens=8, image_token_index=hf.config.image_token_index,
-        )  # fmt: skip
-        hf = Blip2ForConditionalGeneration(config)
-        hf.query_tokens.data.normal_()
-        for part in (hf, vla.tokenizer, vla.image_processor):
-            part.save_pretrained(tmp_path / "t5")
-        vla = make_vla(tmp_path, str(tmp_path / "t5"))
         adapted = [n for n, m in vla.vlm.named_modules() if isinstance(m, LoraLayer)]
         assert (
             sum("language_model" in n for n in adapted) == 2 * (6 + 10) < len(adapted)

@@ -1,6 +1,7 @@
 """SFT learns its data, from file to environment, and resumes after a kill as if nothing had happened."""
 
 import json
+import re
 import signal
 import time
 
@@ -253,6 +254,15 @@ def test_muon_trains_the_matrices_of_a_whole_vlm(tmp_path):
         assert moved.quantile(0.1) > 0.5 and moved.max() < 1.4  # but the smallest few
     vla.add_lora(4)
     assert set(sft_optimizers(vla, vla.theta() + vla.phi(), 0.0)) == {"adamw"}
+
+
+def test_muon_leaves_out_what_a_t5_calls_shared(t5_backbone, tmp_path):
+    """A T5's word embedding, its positions' and its output layer have names of their own."""
+    vla = make_vla(tmp_path, t5_backbone, theta="whole")
+    muon = sft_optimizers(vla, vla.theta() + vla.phi(), 0.0)["muon"].param_groups[0]["params"]
+    names = [name for name, p in vla.named_parameters() if any(p is q for q in muon)]
+    assert any("EncDecAttention" in name for name in names)
+    assert not [n for n in names if re.search("shared|relative_attention_bias|lm_head", n)]
 
 
 def test_a_state_of_another_optimizer_is_refused(project, bead):

@@ -263,6 +263,7 @@ def import_exported(args, dataset, about: list[dict]) -> None:
             executed=header.get("executed") == "1",
             made_by=json.loads(header["versions"]),
             origin=header.get("origin", ""),
+            noise=header.get("noise", ""),
         )
         write_episode(path, *arrays, info)
         folder.added += 1
