@@ -53,7 +53,7 @@ for ((i = 1; i <= ROUNDS; i++)); do
   fi
 done
 
-if [[ "$SFT " =~ --episodes[\ =]0\  ]] && ! compgen -G "$OUT/*/eval.json" >/dev/null; then
+if [[ "$SFT " =~ --episodes[\ =]0\  ]] && [ ! -e "$OUT/$PARENT/eval.json" ]; then
   echo "all stages are in $OUT, none is evaluated (--episodes 0). To evaluate the last one and to report:"
   echo "    python evaluate.py --checkpoint $OUT/$PARENT"
   echo "    python report.py --run $OUT"

@@ -371,15 +371,16 @@ def main(args: Args) -> None:
     domain = load_domain(report["domain"])
     folder = Path(args.run)
     last = folder / report["stages"][-1]["name"]
-    check_writable(last, "change its permissions, or copy the run")
+    check_writable(folder, "change its permissions, or copy the run")
     text = markdown(report, domain)
     write_json(folder / "report.json", report)
     with atomic_write(folder / "report.md") as tmp:
         tmp.write_text(text)
     with atomic_write(folder / "report.png") as tmp:
         draw(report, domain, tmp)
-    with atomic_write(last / "README.md") as tmp:
-        tmp.write_text(model_card(last, text))
+    if not last.is_symlink():  # loop.sh's START, which belongs to another run
+        with atomic_write(last / "README.md") as tmp:
+            tmp.write_text(model_card(last, text))
     print("\n".join(split_table(report)))
     print(f"report: {folder / 'report.md'}, {folder / 'report.png'}")
 

@@ -306,6 +306,8 @@ def test_wrong_settings_of_the_loop(stand_in):
     for start in "ab":
         write_json(project.folder / start / "config.json", {})
         (project.folder / start / "heads.safetensors").write_text(start)
+    write_json(project.folder / "other/config.json", {"domain": "toy"})
+    assert "START=other is a checkpoint of toy, not of bead" in sentence(*loop, START="other")
     project.must("bash", *loop, START="a", PYTHON=str(fake))
     assert (project.folder / "runs/bead-seed0/0-sft/heads.safetensors").read_text() == "a"
     project.must("bash", *loop, START="a", PYTHON=str(fake))

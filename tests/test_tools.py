@@ -15,7 +15,7 @@ from conftest import ROOT, one_sentence, refused
 import report
 from common.files import read_json, write_json
 from model import VLA
-from tools import check_domain, lookup
+from tools import check_domain, lookup, publish
 
 
 def test_facts_for_shell_scripts(tmp_path, capsys):
@@ -125,6 +125,18 @@ def test_experts_do_not_move_a_real_robot(monkeypatch):
     assert "--episodes" in refused(check_domain.main, check_domain.Args("toy", episodes=0))
 
 
+def test_a_report_leaves_another_run_s_card_alone(run, tmp_path):
+    """After START= and --episodes 0, stage 0 is the last evaluated stage, and a link to where it was trained."""
+    shutil.rmtree(run / "1-rl-slide-door-open-red")
+    shutil.rmtree(run / "1-sft")
+    shutil.move(run / "0-sft", tmp_path / "other")
+    (run / "0-sft").symlink_to(tmp_path / "other")
+    (tmp_path / "other/README.md").write_text("the other run's card")
+    report.main(report.Args(str(run)))
+    assert (run / "report.md").exists()
+    assert (tmp_path / "other/README.md").read_text() == "the other run's card"
+
+
 def refuse_to_write(folder, remedy):
     raise report.UserError(f"{folder} is read-only")
 
@@ -154,6 +166,13 @@ def test_requirements_are_exact_and_split():
     )
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in [*run, *dev])
     assert not set(run) & set(dev) and any(line.startswith("pytest==") for line in dev)
+
+
+def test_a_negative_number_of_episodes_is_not_published(checkpoint, tmp_path):
+    """It is refused before anything is written."""
+    args = publish.Args(str(checkpoint), str(tmp_path / "out"), episodes=-1)
+    assert "--episodes" in refused(publish.main, args)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_published_checkpoint_acts_as_its_original(project, checkpoint, tmp_path):

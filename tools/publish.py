@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from common.cli import check_numbers
 from common.devices import pick_device, use_threads
 from common.digests import digests
 from common.errors import UserError, run_cli
@@ -36,7 +37,7 @@ from common.files import make_folder, read_tensors, write_json
 from common.rates import all_tasks, summary
 from common.runs import checkpoint_config
 from domains import load_domain
-from evaluate import evaluate, held_successes, result_file
+from evaluate import evaluate, held_successes, only_simulated, result_file
 from model import VLA
 from report import model_card
 
@@ -52,9 +53,15 @@ def round_weights(path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    check_numbers(args)
     checkpoint = Path(args.checkpoint)
     out = Path(args.out)
     config = checkpoint_config(checkpoint)
+    domain = load_domain(config["domain"])
+    if args.episodes:
+        only_simulated(
+            domain, "an evaluation of many episodes at once (--episodes 0 leaves it out)"
+        )
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: delete it, or choose another --out")
     make_folder(out)
@@ -69,7 +76,6 @@ def main(args: Args) -> None:
     write_json(out / "config.json", {**config, "parent": None, "sha256": digests(out)})
     text = f"A copy of {checkpoint.parent.name}/{checkpoint.name}, rounded to bfloat16.\n"
     if args.episodes:
-        domain = load_domain(config["domain"])
         vla = VLA.load(out, device=pick_device())
         use_threads(1)  # the environments take the cores
         result = evaluate(vla, domain, all_tasks(domain), args.episodes, hold=HOLD)

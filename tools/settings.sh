@@ -53,6 +53,11 @@ if [ -n "$START" ]; then
     exit 2
   fi
   if [ ! -d "$OUT/0-sft" ]; then
+    OF=$(sed -n 's/.*"domain": *"\([^"]*\)".*/\1/p' "$START/config.json")
+    if [ -n "$OF" ] && [ "$OF" != "$DOMAIN" ]; then
+      echo "error: START=$START is a checkpoint of $OF, not of $DOMAIN: use one of $DOMAIN, or loop.sh $OF" >&2
+      exit 2
+    fi
     mkdir -p "$OUT"
     ln -sfn "$(cd "$START" && pwd)" "$OUT/0-sft"
   elif [ -d "$START" ] && ! cmp -s "$START/heads.safetensors" "$OUT/0-sft/heads.safetensors"; then
