@@ -24,8 +24,9 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def splits(domain: ModuleType) -> dict[str, list[str]]:
-    """Return {"expert" | "rl" | "unseen": task names} of a domain."""
-    return {"expert": domain.EXPERT_TASKS, "rl": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
+    """Return {"expert" | "rl" | "unseen": task names} of a domain, without a split that has no task."""
+    every = {"expert": domain.EXPERT_TASKS, "rl": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
+    return {split: tasks for split, tasks in every.items() if tasks}
 
 
 def all_tasks(domain: ModuleType) -> list[str]:

@@ -143,8 +143,11 @@ def test_what_does_not_fit_is_refused(project, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_would_miss_its_demonstrations_is_refused(tmp_path):
-    """If a task of D_e is missing and stage 0 is done, the plan names the command that records it again."""
+def test_a_run_that_would_miss_its_demonstrations_is_refused(tmp_path, capsys):
+    """If a task of D_e is missing and stage 0 is done, the plan names the command that records it again.
+
+    A task with too few is reported.
+    """
     make_vla(tmp_path, domain="kitchen").save(tmp_path / "run/0-sft")
     other = tmp_path / "D_e/kitchen/light-on/000000.safetensors"
     other.parent.mkdir(parents=True)
@@ -154,6 +157,7 @@ def test_a_run_that_would_miss_its_demonstrations_is_refused(tmp_path):
     )
     assert str(tmp_path / "D_e/kitchen/knob-on") in sentence
     assert "stage0_sft.py" in sentence and "--steps 0" in sentence
+    assert "fewer than 50 episodes, such as light-on with 1" in capsys.readouterr().out
 
 
 def test_finished_stages_are_not_planned_again(tmp_path):
@@ -168,5 +172,7 @@ def test_finished_stages_are_not_planned_again(tmp_path):
     assert (todo.count("0-sft"), todo.count("rl"), todo.count("sft")) == (0, 1, 2)
     assert todo.env_steps == 7 and todo.vlm == "a/b"
     assert todo.missing_demos() == 25 * 100  # stage 2 records them if there are none at all
-    todo = plan.Plan(plan.Args("metaworld", method="sft-only", run=str(tmp_path / "new")))
+    new = str(tmp_path / "new")
+    assert plan.Plan(plan.Args("metaworld", rounds=0, run=new)).left == ["0-sft"]
+    todo = plan.Plan(plan.Args("metaworld", method="sft-only", run=new))
     assert todo.left == ["0-sft", "1-sft", "2-sft", "3-sft", "4-sft", "5-sft"]

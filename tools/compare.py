@@ -175,6 +175,7 @@ def table_text(folders: Iterable[str]) -> str:
     columns = {"expert": domain.EXPERT_TASKS}
     columns |= {task: [task] for task in domain.RL_TASKS}
     columns |= {"RL tasks": domain.RL_TASKS, "unseen": domain.UNSEEN_TASKS}
+    columns = {name: tasks for name, tasks in columns.items() if tasks}
     lines = [
         f"# {domain.NAME}, VLM {comparison.vlm}: methods side by side, after {comparison.last}",
         "",
@@ -385,8 +386,12 @@ def rounds_figure(folders: Iterable[str], path: Path) -> None:
     paper = PAPER.get(runs[0].domain, {})
     plt = pyplot()
     with plt.rc_context({"font.size": 8}):
-        fig, axes = plt.subplots(1, 3, figsize=(8.46, 2.6), sharey=True, layout="constrained")
-        for ax, (split, tasks) in zip(axes, splits(domain).items()):
+        groups = splits(domain)
+        fig, axes = plt.subplots(
+            1, len(groups), figsize=(8.46, 2.6), sharey=True, layout="constrained", squeeze=False
+        )
+        axes = axes[0]
+        for ax, (split, tasks) in zip(axes, groups.items()):
             seeds = [success_by_round(run, split) for run in runs]
             draw_rounds(ax, seeds, COLOURS[split], paper.get(split))
             ax.set_title(

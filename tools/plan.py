@@ -22,7 +22,7 @@ Method = Literal["ire-vla", "ire-vla-freeze", "ppo-replay", "rl-lora", "sft-only
 class Args:
     domain: str  # name of a file in domains/
     vlm: str = "tiny"  # tiny, a BLIP-2 folder, or a hub name (Salesforce/blip2-opt-2.7b)
-    rounds: int = 0  # rounds of RL and SFT (default: one for each RL task)
+    rounds: int | None = None  # rounds of RL and SFT (default: one for each RL task)
     method: Method = "ire-vla"  # METHOD of loop.sh
     seed: int = 0  # seed of the run, only printed
     run: str = ""  # folder of the run (default: runs/<domain>-seed<seed>)
@@ -74,7 +74,7 @@ class Plan:
     def __init__(self, args: Args):
         check_numbers(args)
         self.domain = load_domain(args.domain)
-        self.rounds = args.rounds or len(self.domain.RL_TASKS)
+        self.rounds = len(self.domain.RL_TASKS) if args.rounds is None else args.rounds
         self.run = Path(args.run or f"runs/{args.domain}-seed{args.seed}")
         self.data = Path(args.data) / args.domain
         self.vlm = args.vlm
@@ -147,9 +147,16 @@ def print_plan(args: Args, plan: Plan) -> None:
 def check_d_e(plan: Plan) -> None:
     """Raise UserError if some tasks of D_e are missing and stage 0 is done: stage 2 would fail hours later.
 
-    If all are missing, stage 2 records them.
+    If all are missing, stage 2 records them. Prints the tasks that have fewer than planned.
     """
-    missing = [task for task in plan.domain.EXPERT_TASKS if not episode_ids(plan.data / task)]
+    present = {task: len(episode_ids(plan.data / task)) for task in plan.domain.EXPERT_TASKS}
+    missing = [task for task, n in present.items() if not n]
+    few = [task for task, n in present.items() if 0 < n < plan.demos]
+    if few:
+        print(
+            f"D_e: {len(few)} tasks have fewer than {plan.demos} episodes, such as {few[0]} with "
+            f"{present[few[0]]}, and stage 2 trains on those alone: {plan.data}"
+        )
     if len(missing) < len(plan.domain.EXPERT_TASKS):
         for task in missing:
             raise UserError(
@@ -175,7 +182,8 @@ def check_sft(name: str, args, costs: VLACosts, trains_vlm: bool, device: torch.
     """Check that an SFT stage fits into memory. Raises UserError with settings that would fit."""
     trained = costs.trained_bytes(trains_vlm)
     sample = costs.activation_bytes(trains_vlm, args.checkpointing)
-    fixed = {"weights": costs.weights, "gradient, moments and average": 4 * trained}
+    # The gradient and a part's, two moments, the average.
+    fixed = {"weights": costs.weights, "gradients, moments and average": 5 * trained}
     parts = fixed | {"activations": sample * math.ceil(args.batch / args.accumulate)}
     if os.environ.get("SFT_LAUNCH"):  # the memory of another machine, or of several processes
         print(
@@ -207,7 +215,9 @@ def check_rl(plan: Plan, costs: VLACosts, env_bytes: int, device: torch.device) 
         parts["activations"] = sample * args.minibatch
         remedy = "use a smaller --envs, --rollout or --minibatch, or a smaller --vlm"
     else:
-        parts["SACfD's buffer"] = 2 * plan.env_steps * costs.tokens * costs.width
+        # A GPU's memory is taken at once, also for rows that would only reset an environment.
+        rows = plan.env_steps * (2 if device.type == "cuda" else 1)
+        parts["SACfD's buffer"] = 2 * rows * costs.tokens * costs.width
         parts["activations"] = 2 * sample * args.sacfd.batch
         remedy = "use a smaller --envs or --env-steps, or a smaller --vlm"
     if device.type == "cpu":
