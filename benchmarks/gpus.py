@@ -161,7 +161,7 @@ def main() -> None:
         "stage 1: PPO's latents",
     ]
     for kind, c in kinds.items():
-        fixed = f"{(c.weights + 4 * c.trained) / 1e9:.1f} GB and {c.kept / 1e9:.2f} a sample"
+        fixed = f"{(c.weights + 5 * c.trained) / 1e9:.1f} GB and {c.kept / 1e9:.2f} a sample"
         counted += [f"{c.both / 1e9:,.0f} GFLOP a sample", fixed, f"{STEPS:,} steps of {BATCH}"]
         labels += [f"SFT, {kind}", "... that fit into one GPU", "... stage 0"]
 
@@ -176,7 +176,7 @@ def main() -> None:
         for c in kinds.values():
             column += [
                 f"{n * flops / c.both:,.0f} samples/s",
-                f"{(memory - c.weights - 4 * c.trained) / c.kept:,.0f} samples",
+                f"{(memory - c.weights - 5 * c.trained) / c.kept:,.0f} samples",
                 f"{STEPS * BATCH * c.both / (n * flops) / 3600:.1f} hours",
             ]
         columns.append(column)
