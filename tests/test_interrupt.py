@@ -49,7 +49,7 @@ def killed_often(folder, domain, kills, seconds, seed):
 def test_loop_killed_at_random_instants(undisturbed, tmp_path, bead):
     """SIGKILL of everything, then the same command: a complete run, the same D_e, the same weights after SFT."""
     whole, seconds = undisturbed
-    project = killed_often(tmp_path, "bead", 3, 0.7 * seconds, seed=0)
+    project = killed_often(tmp_path, "bead", 2, 0.7 * seconds, seed=0)
     stages = ["0-sft", "1-rl-blue", "1-sft"]
     data = "runs/D_e-smoke"
     run = check_run(tmp_path, bead, stages, 2, tmp_path / data / "bead")
