@@ -308,6 +308,8 @@ def test_wrong_settings_of_the_loop(stand_in):
         (project.folder / start / "heads.safetensors").write_text(start)
     write_json(project.folder / "other/config.json", {"domain": "toy"})
     assert "START=other is a checkpoint of toy, not of bead" in sentence(*loop, START="other")
+    entries = {"domain": "bead", "args": {"domain": "bead"}}  # as in a checkpoint, twice
+    write_json(project.folder / "a/config.json", entries)
     project.must("bash", *loop, START="a", PYTHON=str(fake))
     assert (project.folder / "runs/bead-seed0/0-sft/heads.safetensors").read_text() == "a"
     project.must("bash", *loop, START="a", PYTHON=str(fake))

@@ -121,7 +121,7 @@ def bead_stage0(project, bead, name, steps):
     data = project.folder / f"runs/D_e-{name}"
     out = project.folder / f"runs/{name}/0-sft"
     write_d_e(data / "bead", bead)
-    flags = {"demos": 1, "image_size": 32, "steps": steps, "batch": 8, "episodes": 0, "threads": 1}
+    flags = {"demos": 3, "image_size": 32, "steps": steps, "batch": 8, "episodes": 0, "threads": 1}
     return command("stage0_sft.py", domain="bead", data=data, out=out, **flags), out
 
 

@@ -53,7 +53,7 @@ if [ -n "$START" ]; then
     exit 2
   fi
   if [ ! -d "$OUT/0-sft" ]; then
-    OF=$(sed -n 's/.*"domain": *"\([^"]*\)".*/\1/p' "$START/config.json")
+    OF=$(sed -n '/"domain"/{s/.*"domain": *"\([^"]*\)".*/\1/p;q;}' "$START/config.json")
     if [ -n "$OF" ] && [ "$OF" != "$DOMAIN" ]; then
       echo "error: START=$START is a checkpoint of $OF, not of $DOMAIN: use one of $DOMAIN, or loop.sh $OF" >&2
       exit 2
