@@ -371,14 +371,16 @@ def main(args: Args) -> None:
     domain = load_domain(report["domain"])
     folder = Path(args.run)
     last = folder / report["stages"][-1]["name"]
-    check_writable(folder, "change its permissions, or copy the run")
+    owns_last = not last.is_symlink()  # else it is loop.sh's START, which belongs to another run
+    if owns_last:
+        check_writable(last, "change its permissions, or copy the run")
     text = markdown(report, domain)
     write_json(folder / "report.json", report)
     with atomic_write(folder / "report.md") as tmp:
         tmp.write_text(text)
     with atomic_write(folder / "report.png") as tmp:
         draw(report, domain, tmp)
-    if not last.is_symlink():  # loop.sh's START, which belongs to another run
+    if owns_last:
         with atomic_write(last / "README.md") as tmp:
             tmp.write_text(model_card(last, text))
     print("\n".join(split_table(report)))

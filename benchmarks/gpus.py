@@ -25,6 +25,7 @@ from benchmarks._full_size import paper_config
 from domains import load_domain
 from model import VLA, set_trainable
 from stage0_sft import Args
+from tools.costs import SFT_COPIES
 from tools.plan import ENV_STEPS
 
 # How many, bfloat16 FLOP/s, bytes/s, bytes of memory, each; NVIDIA's data sheets, without sparsity.
@@ -54,6 +55,11 @@ class Count:
     both: int  # FLOPs of a sample's forward and backward pass
     tokens: int  # M
     width: int  # D
+
+    @property
+    def fixed(self) -> int:
+        """Return the bytes that SFT takes whatever its batch."""
+        return self.weights + SFT_COPIES * self.trained
 
 
 class Kept(dict):
@@ -161,7 +167,7 @@ def main() -> None:
         "stage 1: PPO's latents",
     ]
     for kind, c in kinds.items():
-        fixed = f"{(c.weights + 5 * c.trained) / 1e9:.1f} GB and {c.kept / 1e9:.2f} a sample"
+        fixed = f"{c.fixed / 1e9:.1f} GB and {c.kept / 1e9:.2f} a sample"
         counted += [f"{c.both / 1e9:,.0f} GFLOP a sample", fixed, f"{STEPS:,} steps of {BATCH}"]
         labels += [f"SFT, {kind}", "... that fit into one GPU", "... stage 0"]
 
@@ -176,7 +182,7 @@ def main() -> None:
         for c in kinds.values():
             column += [
                 f"{n * flops / c.both:,.0f} samples/s",
-                f"{(memory - c.weights - 5 * c.trained) / c.kept:,.0f} samples",
+                f"{(memory - c.fixed) / c.kept:,.0f} samples",
                 f"{STEPS * BATCH * c.both / (n * flops) / 3600:.1f} hours",
             ]
         columns.append(column)

@@ -134,7 +134,7 @@ def record_attempt(recording: Recording, task: str, k: int) -> str:
             source="expert",
             seed=EXPERT_SEED + k,
             protocol=recording.protocol,
-            noise=json.dumps(recording.noise()),
+            noise=recording.noise(),
         )
         write_episode(
             recording.root / task / f"{k:06d}.safetensors", images, actions, rewards, info

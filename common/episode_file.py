@@ -43,7 +43,7 @@ class EpisodeInfo:
     executed: bool = False  # whether `action` includes the noise, as executed
     made_by: Mapping | None = None  # package versions, if not the installed ones
     origin: str = ""  # digest of the foreign episode that was imported
-    noise: str = ""  # of a scripted expert: {"action_noise_std", "random_burst_prob"} as JSON
+    noise: Mapping | None = None  # a scripted expert's action_noise_std and random_burst_prob
 
 
 def write_episode(
@@ -80,7 +80,7 @@ def write_episode(
     if info.origin:
         header["origin"] = info.origin
     if info.noise:
-        header["noise"] = info.noise
+        header["noise"] = json.dumps(info.noise, sort_keys=True)
     with atomic_write(path) as tmp:
         save_file({"image": image, "action": action, "reward": reward}, tmp, header)
 

@@ -17,6 +17,8 @@ from common.backbone import SMALL_VLM, local_vlm
 from common.devices import use_threads
 from model import LORA_TARGETS, VLA, Head, VLAConfig, set_trainable
 
+# Copies of the trained weights in SFT: the gradient and that of a batch's part, two moments, the average.
+SFT_COPIES = 5
 PEAK = (
     # Measured: the peak of a step's memory over what autograd keeps, with `tiny` (1.4 in float32,
     # 2.1 in bfloat16).

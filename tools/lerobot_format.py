@@ -263,7 +263,7 @@ def import_exported(args, dataset, about: list[dict]) -> None:
             executed=header.get("executed") == "1",
             made_by=json.loads(header["versions"]),
             origin=header.get("origin", ""),
-            noise=header.get("noise", ""),
+            noise=json.loads(header.get("noise", "null")),
         )
         write_episode(path, *arrays, info)
         folder.added += 1

@@ -62,7 +62,7 @@ from common.files import read_json
 from common.rates import all_tasks, splits
 from domains import load_domain, robot_reason
 from report import stage_order
-from tools.costs import VLACosts, measure_speed, vla_costs, weights_are_here
+from tools.costs import SFT_COPIES, VLACosts, measure_speed, vla_costs, weights_are_here
 
 MIN_PROCESS_BYTES = 20_000_000  # least memory of a worker process
 ENV_STEPS = {"ppo": stage_rl.ENV_STEPS, "sacfd": sacfd.ENV_STEPS}  # default budgets
@@ -154,8 +154,8 @@ def check_d_e(plan: Plan) -> None:
     few = [task for task, n in present.items() if 0 < n < plan.demos]
     if few:
         print(
-            f"D_e: {len(few)} tasks have fewer than {plan.demos} episodes, such as {few[0]} with "
-            f"{present[few[0]]}, and stage 2 trains on those alone: {plan.data}"
+            f"D_e: {len(few)} of {len(present)} tasks with fewer than {plan.demos} episodes, such as {few[0]} with "
+            f"{present[few[0]]}; stage 2 trains on what is in {plan.data}"
         )
     if len(missing) < len(plan.domain.EXPERT_TASKS):
         for task in missing:
@@ -182,8 +182,7 @@ def check_sft(name: str, args, costs: VLACosts, trains_vlm: bool, device: torch.
     """Check that an SFT stage fits into memory. Raises UserError with settings that would fit."""
     trained = costs.trained_bytes(trains_vlm)
     sample = costs.activation_bytes(trains_vlm, args.checkpointing)
-    # The gradient and a part's, two moments, the average.
-    fixed = {"weights": costs.weights, "gradients, moments and average": 5 * trained}
+    fixed = {"weights": costs.weights, "gradients, moments and average": SFT_COPIES * trained}
     parts = fixed | {"activations": sample * math.ceil(args.batch / args.accumulate)}
     if os.environ.get("SFT_LAUNCH"):  # the memory of another machine, or of several processes
         print(

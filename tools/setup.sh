@@ -1,4 +1,4 @@
-# Sourced by tools/settings.sh and every other script: sets PYTHON to an interpreter that has the packages of REQUIREMENTS
+# Sourced by loop.sh, test.sh and the scripts of tools/: sets PYTHON to an interpreter that has the packages of REQUIREMENTS
 # (default: requirements.txt), and makes .venv on first use. If the script names its environment variables in VARIABLES,
 # RESUME_COMMAND becomes the command that a stopped stage tells the user to rerun.
 if [ -n "${VARIABLES:-}" ]; then
