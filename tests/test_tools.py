@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +124,15 @@ def test_experts_do_not_move_a_real_robot(monkeypatch):
     assert "ROBOT_URL is set" in refused(check_domain.main, check_domain.Args("panda"))
     monkeypatch.delenv("ROBOT_URL")
     assert "--episodes" in refused(check_domain.main, check_domain.Args("toy", episodes=0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_contact_sheet_names_the_splits_that_there_are(tmp_path):
+    """Without RL tasks the legend has an entry of its colour for each other split."""
+    domain = SimpleNamespace(EXPERT_TASKS=["a"], RL_TASKS=[], UNSEEN_TASKS=["b", "c"])
+    images = {task: np.zeros((8, 8, 3), np.uint8) for task in "abc"}
+    check_domain.contact_sheet(domain, images, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 0
 
 
 def test_a_report_leaves_another_run_s_card_alone(run, tmp_path):

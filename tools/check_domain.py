@@ -144,7 +144,7 @@ def contact_sheet(domain: ModuleType, images: dict[str, np.ndarray], path: Path)
         for spine in ax.spines.values():
             spine.set(color=COLOURS[split], linewidth=2)
     labels = [f"{len(names)} {LABELS[split]}" for split, names in splits(domain).items()]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[split]) for split in splits(domain)]
     figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=8)
     figure.tight_layout(pad=0.4, rect=(0, 0.25 / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=130, format="png")
