@@ -119,7 +119,11 @@ def reduce_geometry(model: mujoco.MjModel, stacks: int = 4) -> None:
 
 
 def remove_textures(model: mujoco.MjModel) -> None:
-    """Replace a compiled model's textures by their mean colours, in place."""
+    """Replace a compiled model's textures by their mean colours, in place.
+
+    A geom with a colour of its own keeps that colour, without its texture's mean. The unused object
+    of Meta-World's reach is brighter than in the stock image for that reason.
+    """
     for material in range(model.nmat):
         for texture in model.mat_texid[material]:
             if texture < 0:
