@@ -146,7 +146,8 @@ def test_what_does_not_fit_is_refused(project, tmp_path, monkeypatch):
 def test_a_run_that_would_miss_its_demonstrations_is_refused(tmp_path, capsys):
     """If a task of D_e is missing and stage 0 is done, the plan names the command that records it again.
 
-    A task with too few is reported.
+    Stage 0 accepts that command: its --demos is no lower than what a task has. A task with too few
+    is reported.
     """
     make_vla(tmp_path, domain="kitchen").save(tmp_path / "run/0-sft")
     other = tmp_path / "D_e/kitchen/light-on/000000.safetensors"
@@ -157,7 +158,12 @@ def test_a_run_that_would_miss_its_demonstrations_is_refused(tmp_path, capsys):
     )
     assert str(tmp_path / "D_e/kitchen/knob-on") in sentence
     assert "stage0_sft.py" in sentence and "--steps 0" in sentence
+    assert "--demos 50 " in sentence
     assert "fewer than 50 episodes, such as light-on with 1" in capsys.readouterr().out
+    for i in range(60):
+        other.with_name(f"{i:06d}.safetensors").touch()
+    args = plan.Args("kitchen", run=str(tmp_path / "run"), data=str(tmp_path / "D_e"))
+    assert "--demos 60 " in refused(plan.main, args)
 
 
 def test_finished_stages_are_not_planned_again(tmp_path):

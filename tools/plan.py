@@ -158,11 +158,13 @@ def check_d_e(plan: Plan) -> None:
             f"{present[few[0]]}; stage 2 trains on what is in {plan.data}"
         )
     if len(missing) < len(plan.domain.EXPERT_TASKS):
+        # Stage 0 refuses a --demos below what a task has.
+        demos = max(plan.demos, *present.values())
         for task in missing:
             raise UserError(
                 f"{plan.data / task} holds no episodes, although stage 0 is finished: restore them, or "
                 f"record them again: python stage0_sft.py --domain {plan.domain.NAME} --data {plan.data.parent} "
-                f"--demos {plan.demos} --image-size {plan.stage0.image_size} --out {plan.run}-again/0-sft "
+                f"--demos {demos} --image-size {plan.stage0.image_size} --out {plan.run}-again/0-sft "
                 f"--steps 0 --episodes 0"
             )
 
