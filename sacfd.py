@@ -248,7 +248,7 @@ class Actor:
         device = vla.device
         size = vla.config["image_size"]
         N = args.envs
-        d_rl = learner.stage.out.parent / "D_rl" / args.task
+        d_rl = learner.stage.d_rl / args.task
         self.demos = load_demonstrations(vla, d_rl, self.encode)
         # (1, M, D), (1, M)
         h, self.mask = vla.encode(np.zeros((1, size, size, 3), np.uint8), [self.instruction])
@@ -338,7 +338,7 @@ class Actor:
 def record_zero_shot(args, domain, learner: Learner) -> None:
     """Record the missing demonstrations: successes of the policy that stage 1 starts from."""
     counters = learner.counters
-    folder = learner.stage.out.parent / "D_rl" / args.task
+    folder = learner.stage.d_rl / args.task
     if "first_demo" not in counters:
         counters["first_demo"] = max(episode_ids(folder), default=-1) + 1
         counters["lacking"] = max(0, args.sacfd.num_demos - len(executed_episodes(folder)))

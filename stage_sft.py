@@ -94,9 +94,9 @@ def main(args: Args) -> None:
     if rank == 0 and not any(episode_ids(d_e / task) for task in domain.EXPERT_TASKS):
         record_demonstrations(domain, d_e, image_size, args.demos, args.threads)
     barrier()
-    d_rl = stage.out.parent / "D_rl"
     weights = {d_e / task: 1.0 for task in domain.EXPERT_TASKS}
-    weights |= {folder: args.rl_weight for folder in sorted(d_rl.glob("*")) if episode_ids(folder)}
+    learned = [folder for folder in sorted(stage.d_rl.glob("*")) if episode_ids(folder)]
+    weights |= {folder: args.rl_weight for folder in learned}
     data = EpisodeDataset(weights, domain, image_size)
 
     # --- Eq. 4

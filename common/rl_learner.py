@@ -121,7 +121,7 @@ class Learner:
 
     def record_d_rl(self, args, domain: ModuleType) -> int:
         """Record the task's successes for D_rl and return their number. A later round adds to an earlier one's."""
-        folder = self.stage.out.parent / "D_rl" / args.task
+        folder = self.stage.d_rl / args.task
         if "first" not in self.counters:
             self.counters["first"] = max(episode_ids(folder), default=-1) + 1
             self.save()

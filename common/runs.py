@@ -136,8 +136,9 @@ class Stage:
 
     `identity_args` are those that change the result. Once the folder has a state, other values, or
     another parent, are refused. `done` is True if the final folder exists already: the caller then
-    returns at once. Of several processes only rank 0 writes. Raises UserError for these, for
-    numbers out of range, and for a folder that is in use or cannot be written.
+    returns at once. `d_rl` is the run's D_rl, which holds a folder for each task. Of several
+    processes only rank 0 writes. Raises UserError for these, for numbers out of range, and for a
+    folder that is in use or cannot be written.
     """
 
     def __init__(self, args: object, unused: Iterable[str] = ()):
@@ -152,6 +153,7 @@ class Stage:
                 f"--out must name a new folder (got {args.out!r}): use one such as runs/<name>/0-sft"
             )
         self.folder = self.out.with_name(f".{self.out.name}.partial")
+        self.d_rl = self.out.parent / "D_rl"
         self.done = (self.out / "stage.json").exists()
         check_links(self.out)
         if not self.done and self.out.exists():
@@ -199,9 +201,7 @@ class Stage:
         if not differ:
             return
         values = "; ".join(f"{k}: then {old.get(k)}, now {args.get(k)}" for k in differ)
-        also = (
-            f" and its episodes in {self.out.parent}/D_rl/{args['task']}" if "task" in args else ""
-        )
+        also = f" and its episodes in {self.d_rl / args['task']}" if "task" in args else ""
         raise UserError(
             f"{record.parent} was started with other arguments ({values}): "
             f"use those again, choose another RUN, or delete that folder{also}"

@@ -305,10 +305,8 @@ def expert(env: gym.Env) -> np.ndarray:
     action = env.scripted_policy.get_action(env.state.copy())
     action[:3] *= STIFFNESS.get(env.task, 1.0)
     action = np.clip(action, -1.0, 1.0).astype(np.float32)
-    if env.task == "plate-slide-back-side":
-        action[:3] = slide_plate_back(env.state)
-    if env.task == "door-lock":
-        action[:3] = press_lever(env.state)
+    if env.task in MOTIONS:
+        action[:3] = MOTIONS[env.task](env.state)
     if env.variant and env.variant.family == "door-open":
         # The script comes down in front of a handle that is nearer or higher than its own, and
         # pushes the door shut. Raise the gripper first.
@@ -356,3 +354,7 @@ def press_lever(state: np.ndarray) -> np.ndarray:
     else:
         target = lever + (-0.03, 0.02, -0.2)
     return np.clip(25.0 * (target - hand), -1.0, 1.0)
+
+
+# Tasks whose script is replaced, except for its gripper.
+MOTIONS = {"plate-slide-back-side": slide_plate_back, "door-lock": press_lever}
