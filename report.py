@@ -86,7 +86,7 @@ def read_evaluation(stage: Path) -> dict:
 def make_row(stage: Path, tasks: dict[str, dict], spent: list[dict], domain: ModuleType) -> dict:
     """Return a stage's entry in report.json. spent: the summaries of this stage and of those without an entry.
 
-    Stage 1 is evaluated on its own task; a split has an entry if all of its tasks were evaluated.
+    A split has an entry if all of its tasks were evaluated.
     """
     own = spent[-1].get("task")
     missing = [task for task in ([own] if own else all_tasks(domain)) if task not in tasks]
@@ -225,8 +225,9 @@ def markdown(report: dict, domain: ModuleType) -> str:
     lines = [
         f"# {report['method']} on {report['domain']}, seed {report['seed']}, VLM {report['vlm']}",
         "",
-        "Success rate of the greedy policy, with its 95 % Wilson interval. Stage 1 is evaluated on the task that it",
-        "learned. The minutes and environment steps of a stage that was not evaluated are in the next row.",
+        "Success rate of the greedy policy, with its 95 % Wilson interval. A cell without a rate: the stage was not",
+        "evaluated on all of these tasks, as stage 1 of iRe-VLA. The minutes and environment steps of a stage that was",
+        "not evaluated at all are in the next row.",
         "",
         *split_table(report),
         "",
