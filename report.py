@@ -225,9 +225,9 @@ def markdown(report: dict, domain: ModuleType) -> str:
     lines = [
         f"# {report['method']} on {report['domain']}, seed {report['seed']}, VLM {report['vlm']}",
         "",
-        "Success rate of the greedy policy, with its 95 % Wilson interval. A cell without a rate: the stage was not",
-        "evaluated on all of these tasks, as stage 1 of iRe-VLA. The minutes and environment steps of a stage that was",
-        "not evaluated at all are in the next row.",
+        "Success rate of the greedy policy, with its 95 % Wilson interval. A stage without a rate was not evaluated on",
+        "all of these tasks. Stage 1 of iRe-VLA is evaluated on its own task alone. The minutes and environment steps",
+        "of a stage that was not evaluated at all are in the next row.",
         "",
         *split_table(report),
         "",
