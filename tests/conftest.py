@@ -24,6 +24,11 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+# A suite started with nohup, or with & in a script, ignores these; so would all that it starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from common.backbone import build_tiny
 from common.episode_file import ONLINE_SEED, EpisodeInfo, episode_ids, open_episode, write_episode

@@ -381,7 +381,7 @@ def test_sacfd_solves_a_problem_with_known_optimum(project, weak):
     zero_shot = project.folder / "weak.json"
     project.must(*command("evaluate.py", checkpoint=weak, tasks="blue", out=zero_shot, envs=4))
     assert 0.1 < np.mean(json.loads(zero_shot.read_text())["tasks"]["blue"]["success"]) < 0.8
-    project.must(*stage(weak, out, env_steps=800))
+    project.must(*stage(weak, out, "--sacfd.utd", 2, env_steps=800))
     assert files(weak) == before
     tasks = json.loads((out / "eval.json").read_text())["tasks"]
     assert np.mean(tasks["blue"]["success"]) > 0.9
@@ -413,7 +413,7 @@ def test_the_buffer_survives_a_kill(project, weak):
     """Killed at any instant, the same command resumes with its rows. None is lost up to the saved state."""
     out = project.folder / "runs/sac-kill/1-rl-blue"
     partial = out.with_name(".1-rl-blue.partial")
-    go = stage(weak, out, "--sacfd.utd", 0.25, env_steps=1600, episodes=0)
+    go = stage(weak, out, "--sacfd.utd", 0.5, envs=2, env_steps=800, episodes=0)
     process = project.start(*go, python=warm_python(), SAVE_INTERVAL="0")
     while len(list(partial.glob("replay-*.safetensors"))) < 3 and process.poll() is None:
         time.sleep(0.1)  # with the third the state of the second is saved
@@ -429,4 +429,4 @@ def test_the_buffer_survives_a_kill(project, weak):
     assert process.returncode == 0, err[-2000:]
     assert not [name for name in files(out) if "replay" in name or "priority" in name]
     log = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert log == sorted(set(log)) and log[-1] >= 1600
+    assert log == sorted(set(log)) and log[-1] >= 800

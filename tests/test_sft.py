@@ -38,7 +38,7 @@ def test_sft_replays_the_episode_that_it_has_learned(project):
         "demos": 1,
         "action_noise_std": 0,
         "random_burst_prob": 0,
-        "steps": 250,
+        "steps": 120,
         "batch": 16,
         "lr": 1e-3,
     }
@@ -65,7 +65,7 @@ def saved_step(out):
 @pytest.mark.parametrize("stage", ["stage0_sft", "stage_sft"])
 def test_killed_sft_resumes_bit_for_bit(stage, project, checkpoint, bead):
     """SIGKILL after a saved state, then the same command: the weights and the log of an undisturbed run."""
-    data, runs, steps = project.folder / "runs/D_e-resume", project.folder / "runs" / stage, 120
+    data, runs, steps = project.folder / "runs/D_e-resume", project.folder / "runs" / stage, 60
     common = [
         "--domain",
         "bead",
@@ -104,7 +104,7 @@ def test_killed_sft_resumes_bit_for_bit(stage, project, checkpoint, bead):
         time.sleep(0.02)
     kill(process, signal.SIGKILL).communicate()
     assert (
-        step >= 7 and saved_step(killed) < 100 and not killed.exists()
+        step >= 7 and saved_step(killed) < 50 and not killed.exists()
     )  # it was killed in the middle
     project.must(*words, "--out", killed)
     a, b = files(whole), files(killed)
@@ -112,7 +112,7 @@ def test_killed_sft_resumes_bit_for_bit(stage, project, checkpoint, bead):
     assert a["vlm/model.safetensors"] == b["vlm/model.safetensors"]
     log = [[json.loads(line) for line in x["log.jsonl"].splitlines()] for x in (a, b)]
     decided = [[(row["step"], row["lr"], row["grad_norm"]) for row in rows] for rows in log]
-    assert decided[0] == decided[1] and len(log[0]) == 3 and log[0][2]["loss"] == log[1][2]["loss"]
+    assert decided[0] == decided[1] and len(log[0]) == 2 and log[0][1]["loss"] == log[1][1]["loss"]
     assert not [name for name in b if "tmp" in name or "state" in name]
 
 
