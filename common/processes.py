@@ -44,8 +44,10 @@ def starting_workers() -> Iterator[None]:
 
     Raises UserError if the shared memory that processes communicate through cannot be used.
     """
+    # From these two multiprocessing knows the script, or the module of `python -m`.
     main = vars(sys.modules["__main__"])
-    script = main.pop("__file__", None)
+    known = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.update(dict.fromkeys(known))
     try:
         start_fork_server(os.environ.get(PRELOADED_DOMAIN, ""))  # again, if it has been killed
         yield
@@ -59,5 +61,4 @@ def starting_workers() -> Iterator[None]:
             ) from error
         raise
     finally:
-        if script is not None:
-            main["__file__"] = script
+        main.update(known)

@@ -142,6 +142,12 @@ def test_a_killed_environment_ends_the_command_with_one_sentence(fragile, place)
     fragile.must(*commands[1])
 
 
+def test_workers_of_a_module_do_not_import_it(fragile):
+    """Started by `python -m` too, workers are without torch: one that had it would not be killed here."""
+    words = ["python", "-m", "tools.publish", "--checkpoint", "runs/start", "--out", "published"]
+    dies(fragile, [*words, "--episodes", 1], "step")
+
+
 def test_a_killed_recorder_ends_stage_0_with_one_sentence(fragile):
     """The same command then records the missing episodes and trains."""
     small = {"demos": 20, "steps": 1, "batch": 8, "episodes": 0, "threads": 2}
